@@ -1,0 +1,203 @@
+"""What makes a run impossible to lose: files written whole, resuming, stopping when asked."""
+import io
+import math
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from data_utils import RequestError
+from unet import UNet
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the network and the optimizer, all that is needed to go on."""
+    epoch: int = 0            # finished epochs
+    step: int = 0             # finished steps of the running epoch
+    loss_sum: float = 0.0     # over the photos seen in the running epoch
+    photos: int = 0
+    best: float = math.inf    # the lowest validation loss
+    saved: bool = False       # whether unet.pth is this run's
+
+    def finish_epoch(self):
+        self.epoch += 1
+        self.step, self.loss_sum, self.photos = 0, 0.0, 0
+
+
+# ---------------------------------------------------------------------------- files
+
+def save_whole(path, content):
+    """Writes `content` to the file `path` whole or not at all: never half, never neither.
+
+    Raises OSError naming `path`, which then is as it was.
+    """
+    # serialized in memory first: a full disk is then an ordinary OSError
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    temporary = Path(f'{path}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f'{path} was not saved: {error.strerror}') from error
+
+
+def plain_state_dict(net):
+    """The weights as any laptop can load them: contiguous CPU float32 tensors."""
+    return {name: value.detach().to('cpu', torch.float32, memory_format=torch.contiguous_format)
+            for name, value in net.state_dict().items()}
+
+
+def set_aside(path):
+    """Keeps an earlier run's file: renames it to the first free name with a number.
+
+    Returns the new name, None where there was no file.
+    """
+    if not path.exists():
+        return None
+    numbers = iter(range(1, 1_000_000))
+    kept = next(new for n in numbers
+                if not (new := path.with_stem(f'{path.stem}_{n}')).exists())
+    os.replace(path, kept)
+    return kept
+
+
+def load_tensors(path):
+    """What torch.save wrote at `path`, on the CPU; code in the file is never run.
+
+    Raises RequestError that says what the file is instead.
+    """
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise RequestError(f'{path} cannot be read: {error.strerror}') from error
+    except Exception as error:  # a foreign file makes the unpickler raise nearly anything
+        start = Path(path).read_bytes()[:512].lstrip().lower()
+        what = ('an empty file' if not start else
+                'a web page' if start.startswith(b'<') else
+                'a damaged or truncated file' if start.startswith(b'pk') else
+                'a pickle of more than tensors, which could run code,' if start[0] == 0x80 else
+                'no file of torch.save')
+        raise RequestError(f'{path} is {what}; nothing in it was run') from error
+
+
+def load_weights(path):
+    """A UNet (on the CPU, float32) with the weights in the file `path`, as training wrote it.
+
+    Raises RequestError for any other file, saying what it is and what was expected.
+    """
+    expected = "expected the state_dict of this project's UNet, as colorize.py saves in unet.pth"
+    if not os.path.isfile(path):
+        raise RequestError(f'no weights file {path}: train with colorize.py, or name it with '
+                           '--weights')
+    try:
+        state = load_tensors(path)
+    except RequestError as error:
+        raise RequestError(f'{error}; {expected}') from error
+    net = UNet()
+    if difference := differs(state, net.state_dict()):
+        raise RequestError(f'{path} holds {difference}; {expected}')
+    net.load_state_dict(state)
+    return net
+
+
+def differs(state, own):
+    """How a loaded state_dict differs from `own`, in words; '' where it fits."""
+    if not isinstance(state, dict):
+        return f'a {type(state).__name__}'
+    if {'net', 'optimizer', 'progress'} <= state.keys():
+        return 'a checkpoint of a training run, not its weights'
+    for name in sorted(map(str, own.keys() - state.keys())):
+        return f'another network (it has no {name})'
+    for name in sorted(map(str, state.keys() - own.keys())):
+        return f'another network (it has {name})'
+    for name, value in own.items():
+        shape = tuple(getattr(state[name], 'shape', ()))
+        if shape != value.shape:
+            return f'another network ({name} is {shape}, not {tuple(value.shape)})'
+    return ''
+
+
+# ---------------------------------------------------------------------------- resuming
+
+@dataclass
+class State:
+    """Everything needed to go on with a run; `settings` is what must stay the same for that."""
+    net: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    settings: dict
+
+    def save(self, path):
+        """Raises OSError as save_whole does."""
+        save_whole(path, dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                              scaler=self.scaler.state_dict(), progress=asdict(self.progress),
+                              settings=self.settings))
+
+    def restore(self, checkpoint):
+        """Takes over what load_checkpoint gave."""
+        self.net.load_state_dict(checkpoint['net'])
+        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        if checkpoint['scaler']:  # empty where the run was not in float16
+            self.scaler.load_state_dict(checkpoint['scaler'])
+        self.progress = Progress(**checkpoint['progress'])
+
+
+def load_checkpoint(path, settings):
+    """The checkpoint at `path` (a dict), or None where there is none yet.
+
+    Raises RequestError where `settings` contradict the run's, or it is no checkpoint of this UNet.
+    """
+    if not os.path.exists(path):
+        return None
+    remedy = 'move it away to start afresh'
+    try:
+        checkpoint = load_tensors(path)
+    except RequestError as error:
+        raise RequestError(f'{error}; {remedy}') from error
+    expected = {'net', 'optimizer', 'scaler', 'progress', 'settings'}
+    if not isinstance(checkpoint, dict) or checkpoint.keys() != expected:
+        raise RequestError(f'{path} is no checkpoint of this program; {remedy}')
+    if difference := differs(checkpoint['net'], UNet().state_dict()):
+        raise RequestError(f'{path} holds {difference}; {remedy}')
+    for name, value in settings.items():
+        if checkpoint['settings'].get(name) != value:
+            raise RequestError(f'--resume: {name} is {value}, but {path} was trained with '
+                               f'{checkpoint["settings"].get(name)}; give that, or another --name')
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------- stopping
+
+class Stopped(Exception):
+    """The run was asked to stop, and every finished step is accounted for."""
+
+
+class StopSignal:
+    """Remembers the first Ctrl-C, SIGTERM or hang-up, and lets the second end the program at once.
+
+    While `nothing_to_save`, the first one ends it too.
+    """
+
+    def __init__(self):
+        self.number, self.nothing_to_save = 0, True
+        for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
+            number = getattr(signal, name, None)
+            # what nohup or a shell's '&' made the program ignore stays ignored
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.receive)
+
+    def receive(self, number, _):
+        if self.number or self.nothing_to_save:
+            os._exit(128 + number)
+        self.number = number
+        # not print: the signal may have come in the middle of one
+        os.write(2, b'\nstopping after this step; once more to stop at once\n')

@@ -1,0 +1,473 @@
+"""Trains a UNet to colorize photos, and shows it learning in TensorBoard.
+
+    python colorize.py --demo                             # two minutes, on drawings of its own
+    python colorize.py --data_path my_photos --dry_run    # one small batch through everything
+    python colorize.py                                    # data/landscapes → unet.pth
+    python colorize.py --resume                           # goes on where the run was stopped
+    torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
+    tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
+"""
+import argparse
+import hashlib
+import math
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import distributed
+from checkpoint import (
+    Progress,
+    State,
+    Stopped,
+    StopSignal,
+    load_checkpoint,
+    plain_state_dict,
+    save_whole,
+    set_aside,
+)
+from data_utils import (
+    PhotoFiles,
+    PhotoLoader,
+    PhotosInMemory,
+    RequestError,
+    colorfulness,
+    held_out,
+    list_photos,
+    psnr,
+    with_luminance,
+)
+from demo_landscapes import draw_landscapes
+from device import (
+    Precision,
+    choose_device,
+    describe_device,
+    free_memory,
+    keep_freed_memory,
+    processors,
+)
+from report import decorate, describe, log_epoch, log_graph, log_settings, say
+from unet import UNet
+
+DEMO = dict(data_path='data/demo', image_size=64, epochs=10, batch_size=16, name='demo')
+DEMO_GAIN = 3.0  # dB over the grey copy that the demo must reach
+METRICS = ('validation loss', 'PSNR/prediction', 'PSNR/with luminance', 'PSNR/gray copy',
+           'colorfulness/prediction', 'colorfulness/truth')
+
+
+# ---------------------------------------------------------------------------- arguments
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message}\n')
+
+
+def number(kind, allowed, wish):
+    """An argparse type: a number for which `allowed` holds; `wish` says which those are."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f'{text} is not {wish}')
+        return value
+    return parse
+
+
+count = number(int, lambda n: n > 0, 'a whole number above 0')
+natural = number(int, lambda n: n >= 0, 'a whole number, 0 or above')
+
+
+def parse_args(argv):
+    parser = OneLineParser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data_path', default='data/landscapes', help='a folder of photos [%(default)s]')
+    add('--batch_size', type=count, default=32,
+        help='photos per step, over all processes [%(default)s]')
+    add('--epochs', type=count, default=10, help='[%(default)s]')
+    add('--lr', type=number(float, lambda lr: 0 < lr < math.inf, 'a number above 0'), default=1e-3,
+        help="Adam's learning rate [%(default)s]")
+    add('--val_fraction', type=number(float, lambda f: 0 <= f < 1, 'at least 0 and below 1'),
+        default=0.1, help='photos held out for validation; 0 trains on all [%(default)s]')
+    add('--image_size', type=number(int, lambda s: s > 0 and s % 8 == 0, 'a multiple of 8'),
+        default=224, help='photos are squashed to this many pixels square [%(default)s]')
+    add('--seed', type=natural, default=0, help='of weights, order and flips [%(default)s]')
+    add('--name', default='UNet', help='the folder in runs/ [%(default)s]')
+    add('--resume', action='store_true', help='go on with the run of that name, if there is one')
+    add('--dry_run', action='store_true', help='one small batch through everything; keeps nothing')
+    add('--demo', action='store_true', help='draw small landscapes and learn to colorize them')
+    add('--stream', action='store_true', help='read photos from disk every epoch, to save memory')
+    add('--compile', action='store_true', help='torch.compile the network: for long runs on a GPU')
+    add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
+    add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto',
+        help='[%(default)s: the fastest that is safe on the device]')
+    add('--num_workers', type=natural, default=min(8, processors()),
+        help='threads or processes that decode photos [%(default)s]')
+    if parser.parse_args(argv).demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.name in ('', '.', '..') or '/' in args.name or os.sep in args.name:
+        parser.error(f'argument --name: {args.name!r} is not the name of a folder in runs/')
+    if args.dry_run:
+        args.epochs, args.resume = 1, False
+    return args
+
+
+# ---------------------------------------------------------------------------- training
+
+def train(net, optimizer, loader, epochs=5, writer=None, *,
+          model=None, precision=None, progress=None, stop=None):
+    """Trains `net` on the (x, y) of `loader`; returns the mean loss of the last epoch.
+
+    x (B, 1, H, W) in [-1, 1], y (B, 3, H, W) in [0, 1]; the loss is the mean squared error, and
+    `writer` gets it as 'training loss'. What is called is `model`: `net`, or `net` wrapped.
+    `progress` tells where to go on and is kept up to date; `stop.number` asks for the end.
+
+    Raises Stopped then, FloatingPointError where the loss is not finite, RequestError where no
+    photo could be read.
+    """
+    model, precision = model or net, precision or Precision()
+    progress, stop = progress or Progress(), stop or SimpleNamespace(number=0)
+    device = next(net.parameters()).device
+    net.train()
+    for epoch in range(epochs):
+        if epoch:
+            progress.finish_epoch()
+        losses, stopping, asked = [], 0, time.monotonic()
+        for x, y in (bar := progress_bar(loader, progress)):
+            photos, stopping = distributed.total(len(x), stop.number)
+            if stopping:
+                break
+            progress.step += 1
+            if photos:
+                with precision.autocast:
+                    errors = F.mse_loss(model(x.to(device)), y.to(device), reduction='sum')
+                errors = errors / y.shape[1:].numel()  # now the sum of the photos' losses
+                optimizer.zero_grad()
+                # processes average their gradients: this makes it the mean over all their photos
+                precision.scaler.scale(errors * distributed.world / photos).backward()
+                precision.scaler.step(optimizer)
+                precision.scaler.update()
+                progress.photos += len(x)
+                losses.append((progress.step, errors.detach()))
+            if losses and time.monotonic() - asked > 0.5:
+                settle(losses, progress)
+                bar.set_postfix_str(f'loss {progress.loss_sum / progress.photos:.4f}')
+                asked = time.monotonic()
+        settle(losses, progress)
+        if not all(weight.isfinite().all() for weight in net.parameters()):
+            raise FloatingPointError(f'a weight is not finite {not_finite(progress)}')
+        progress.loss_sum, progress.photos = distributed.total(progress.loss_sum, progress.photos)
+        if stopping:
+            raise Stopped
+        if not progress.photos:
+            raise RequestError('none of the photos could be read')
+        loss = progress.loss_sum / progress.photos
+        if writer:
+            writer.add_scalar('training loss', loss, progress.epoch + 1)
+    return loss
+
+
+def progress_bar(loader, progress):
+    """Steps and the time left of an epoch; silent in a log file, and in all but one process."""
+    return tqdm(loader, f'epoch {progress.epoch + 1}', len(loader), initial=progress.step,
+                unit=' steps', leave=False, disable=None if distributed.rank == 0 else True)
+
+
+def settle(losses, progress):
+    """Adds up the losses of the last steps; only here does the host wait for the device."""
+    steps, values = zip(*losses, strict=True) if losses else ((), ())
+    for step, loss in zip(steps, torch.stack(values).tolist() if values else (), strict=True):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f'the loss is {loss} {not_finite(progress, step)}')
+        progress.loss_sum += loss
+    losses.clear()
+
+
+def not_finite(progress, step=None):
+    """Where, and what to do."""
+    return (f'at step {step or progress.step} of epoch {progress.epoch + 1}; the last good weights '
+            'and checkpoint are kept: --resume with a smaller --lr or --precision fp32')
+
+
+@torch.no_grad()
+def evaluate(net, loader, precision, stop):
+    """Means over all photos of `loader`, over all processes: a dict of METRICS.
+
+    The PSNR of the prediction as it is, of the prediction with the photo's own luminance, and of
+    the grey copy, which is to be beaten. Raises Stopped.
+    """
+    net.eval()
+    sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64)
+    for x, y in loader:
+        if distributed.total(stop.number)[0]:
+            raise Stopped
+        with precision.autocast:
+            prediction = net(x)
+        prediction, gray = prediction.float(), (x + 1) / 2
+        values = torch.stack([
+            (prediction - y).square().flatten(1).mean(1),
+            psnr(prediction.clamp(0, 1), y),
+            psnr(with_luminance(prediction, gray), y),
+            psnr(gray.expand_as(y), y),
+            colorfulness(prediction.clamp(0, 1)),
+            colorfulness(y),
+            torch.ones(len(x), device=x.device),
+        ])
+        sums += values.sum(1).to('cpu', torch.float64)
+    *sums, photos = distributed.total(*sums.tolist())
+    if not photos:
+        raise RequestError('none of the held-out photos could be read')
+    return {name: value / photos for name, value in zip(METRICS, sums, strict=True)}
+
+
+# ---------------------------------------------------------------------------- the run
+
+def split(args):
+    """The photos' names, indices for training and for validation, what a resumed run must share.
+
+    Raises RequestError where either side is left without a photo.
+    """
+    if args.demo and distributed.rank == 0:
+        draw_landscapes(args.data_path)
+    distributed.from_first(None)  # the others wait for the drawings
+    names = list_photos(args.data_path)
+    listing = hashlib.sha256('\n'.join(names).encode('utf-8', 'surrogateescape')).hexdigest()
+    settings = dict(batch_size=args.batch_size, image_size=args.image_size, seed=args.seed,
+                    val_fraction=args.val_fraction, photos=f'{len(names)} ({listing[:8]})')
+    if distributed.from_first(settings) != settings:
+        raise RequestError(f'{args.data_path} holds {settings["photos"]} here, other photos than '
+                           'where the first process runs; copy the same to every machine')
+    training, validation = [], []
+    for index, name in enumerate(names):
+        (validation if held_out(name, args.val_fraction) else training).append(index)
+    if not training or args.val_fraction and not validation:
+        raise RequestError(f'--val_fraction {args.val_fraction:g} holds out {len(validation)} of '
+                           f'the {len(names)} photos in {args.data_path}; give another fraction, '
+                           'more photos, or 0 to train on all')
+    if args.dry_run:
+        kept = training[:8] + validation[:8]
+        names, training = [names[i] for i in kept], list(range(len(training[:8])))
+        validation = list(range(len(training), len(kept)))
+    return names, training, validation, settings
+
+
+def run_folder(runs, args):
+    """The folder of this run: runs/NAME, or with a number where an earlier run has that."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        folder, number = runs / args.name, 1
+        while True:
+            try:
+                folder.mkdir(exist_ok=args.resume)
+                return folder
+            except FileExistsError:
+                if args.resume:
+                    raise
+                number += 1
+                folder = runs / f'{args.name}_{number}'
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RequestError(f'{error.filename} is a file where a folder is needed; move it away, '
+                           'or give another --name') from error
+
+
+def load_photos(args, names, device):
+    """The photos in the device's memory, else in the host's, else as files to be streamed."""
+    files = PhotoFiles(args.data_path, names, args.image_size, args.num_workers)
+    size = 3 * args.image_size ** 2 * len(names)
+    for home in device, torch.device('cpu'):
+        copies = distributed.local_world if home.type == 'cpu' else 1
+        fits = not args.stream and size * copies < free_memory(home) / 2
+        if distributed.total(fits)[0] == distributed.world:
+            return PhotosInMemory(files, home, distributed.rank, distributed.world)
+    say(f'streaming the photos: {size / 2**30:.1f} GB of them stay on disk')
+    return files
+
+
+def new_state(args, settings, checkpoint, device, precision):
+    """Network, optimizer and progress: new from the seed, or as the checkpoint has them."""
+    torch.manual_seed(args.seed)
+    net = UNet().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=device.type != 'mps')
+    state = State(net, optimizer, precision.scaler, Progress(), settings)
+    if checkpoint:
+        state.restore(checkpoint)
+        for group in optimizer.param_groups:
+            group['lr'] = args.lr
+        if distributed.rank:  # the sums over all processes are the first one's to carry on
+            state.progress.loss_sum = state.progress.photos = 0
+    return state
+
+
+def make_loaders(args, names, training, validation, device):
+    """Loaders of the two sides (None where nothing is held out), and 16 photos to look at."""
+    photos = load_photos(args, names, device)
+    shown = validation or training
+    shown = shown[::math.ceil(len(shown) / 16)]
+    share = dict(device=device, rank=distributed.rank, world=distributed.world)
+    return (PhotoLoader(photos, training, args.batch_size, seed=args.seed, **share),
+            PhotoLoader(photos, validation, args.batch_size, **share) if validation else None,
+            next(iter(PhotoLoader(photos, shown, 16, device))) if distributed.rank == 0 else None)
+
+
+def open_page(folder, args, progress):
+    """The run's TensorBoard writer; None where it cannot be written."""
+    # what a killed run logged after its last checkpoint is taken back, and logged again
+    writer = decorate(SummaryWriter, folder, purge_step=progress.epoch + 1)
+    if writer and progress == Progress():
+        decorate(log_graph, writer, UNet(), args.image_size)
+        decorate(log_settings, writer, vars(args), ('training loss', *METRICS))
+    return writer
+
+
+def keep_best(weights, net, scalars, progress):
+    """Writes unet.pth where this epoch is the best so far, or nothing is held out to tell."""
+    if 'validation loss' in scalars:
+        if not scalars['validation loss'] < progress.best:
+            return
+        progress.best = scalars['validation loss']
+    if not progress.saved and (kept := set_aside(weights)):
+        say(f'the {weights.name} that was here is now {kept.name}')
+    save_whole(weights, plain_state_dict(net))
+    progress.saved = True
+
+
+def fit(args, folder, weights, state, precision, loaders, stop):
+    """Epoch after epoch: train, validate, save, show. Returns the last epoch's scalars."""
+    net, progress, scalars = state.net, state.progress, {}
+    model = DistributedDataParallel(net) if distributed.world > 1 else net
+    loader, held, samples = loaders
+    writer = open_page(folder, args, progress) if distributed.rank == 0 else None
+    while progress.epoch < args.epochs:
+        loader.epoch, loader.start = progress.epoch, progress.step
+        start, before = time.perf_counter(), progress.photos
+        scalars = {'training loss': train(net, state.optimizer, loader, 1, model=model,
+                                          precision=precision, progress=progress, stop=stop)}
+        speed = (progress.photos - before) / (time.perf_counter() - start)
+        if held:
+            scalars |= evaluate(net, held, precision, stop)
+        scalars |= {'learning rate': args.lr, 'photos per second': speed}
+        progress.finish_epoch()
+        if distributed.rank == 0:
+            keep_best(weights, net, scalars, progress)
+            if writer:
+                decorate(log_epoch, writer, net, samples, precision, scalars, progress.epoch)
+            # last: a run killed before this repeats the epoch, and what it logged is taken back
+            state.save(folder / 'checkpoint.pth')
+            say(describe(progress.epoch, args.epochs, scalars))
+    if writer:
+        decorate(writer.close)
+    return scalars
+
+
+def run(args, home, stop):
+    """One run, from the photos to the weights, below the folder `home`; returns the exit code."""
+    device, weights = choose_device(args.device, distributed.local_rank), home / 'unet.pth'
+    distributed.start(device)
+    names, training, validation, settings = split(args)
+    if weights.is_dir():
+        raise RequestError(f'{weights} is a folder, but the weights need that name; move it away')
+    folder = checkpoint = None
+    if distributed.rank == 0:
+        folder = run_folder(home / 'runs', args)
+        checkpoint = load_checkpoint(folder / 'checkpoint.pth', settings) if args.resume else None
+    folder, checkpoint = distributed.from_first((folder, checkpoint))
+    precision = Precision(args.precision, device)
+    state = new_state(args, settings, checkpoint, device, precision)
+    say(f'{describe_device(device)}, {precision.name}: {len(training)} photos to train on, '
+        f'{len(validation)} held out; logging in {folder}')
+    if state.progress.epoch >= args.epochs:
+        say(f'this run is finished: {weights} has its weights, more --epochs would go on with it')
+        return 0
+    loaders = make_loaders(args, names, training, validation, device)
+    if args.compile:
+        state.net.compile()
+    try:
+        stop.nothing_to_save = False
+        scalars = fit(args, folder, weights, state, precision, loaders, stop)
+    except Stopped:
+        if distributed.rank == 0:
+            state.save(folder / 'checkpoint.pth')
+        say(f'stopped in epoch {state.progress.epoch + 1} after step {state.progress.step}; '
+            f'to go on: {same_command(folder.name)} --resume')
+        return 128 + (stop.number or signal.SIGTERM)
+    return finish(args, weights, scalars)
+
+
+def same_command(name):
+    """The command line of this run, without its --resume."""
+    words = [word for word in sys.argv if word != '--resume']
+    return shlex.join(['python', *words, '--name', name])
+
+
+def finish(args, weights, scalars):
+    """Says what was reached and what comes next; returns the exit code."""
+    if args.dry_run:
+        say('the dry run went through everything, and kept nothing')
+        return 0
+    say(f'the weights are in {weights}. Next:\n'
+        '    tensorboard --logdir runs --port 8898    # then open http://localhost:8898\n'
+        f'    python predict.py {shlex.quote(args.data_path)} --output colorized')
+    if args.demo and 'PSNR/prediction' in scalars:
+        gain = scalars['PSNR/prediction'] - scalars['PSNR/gray copy']
+        if gain < DEMO_GAIN:
+            say(f'but the network does not colorize: {gain:.1f} dB over the grey copy, not '
+                f'{DEMO_GAIN:g} (--epochs {args.epochs})', file=sys.stderr)
+            return 1
+        say(f'The network colorizes: {gain:.1f} dB over the grey copy, {DEMO_GAIN:g} were asked.')
+    return 0
+
+
+def fault(error, args):
+    """(exit code, one line) for what a user can mend; (0, '') for what is our own mistake."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, RequestError):
+        return 2, text
+    if isinstance(error, OSError):
+        return 1, text
+    if isinstance(error, FloatingPointError):
+        return 1, text
+    if (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+            or "can't allocate memory" in text):
+        return 1, (f'out of memory with --batch_size {args.batch_size}: try '
+                   f'--batch_size {max(1, args.batch_size // 2)}')
+    if 'DataLoader worker' in text:
+        return 1, f'{text}: out of memory? Try fewer than --num_workers {args.num_workers}'
+    if distributed.world > 1 and isinstance(error, RuntimeError):
+        return 1, f'process {distributed.rank}: {text}'
+    return 0, ''
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    stop = StopSignal()
+    keep_freed_memory()
+    try:
+        if args.dry_run:
+            with tempfile.TemporaryDirectory() as home:
+                return run(args, Path(home), stop)
+        return run(args, Path(), stop)
+    except (RequestError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        code, line = fault(error, args)
+        if not code:
+            raise
+        print(f'colorize.py: {line}', file=sys.stderr)
+        return code
+    finally:
+        distributed.end()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The network: a UNet (Ronneberger et al. 2015, arXiv:1505.04597) from grey to colour.
+
+    python unet.py      # prints "Shapes OK"
+"""
+import torch
+import torch.nn as nn
+
+
+def double_conv(in_channels, out_channels):
+    """Two 3×3 convolutions, each with a ReLU: (B, in, H, W) → (B, out, H, W)."""
+    # in place: a convolution's backward pass needs its input, never its output
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
+
+
+class DownSampleBlock(nn.Module):
+    """(B, in, H, W) → (B, out, H/2, W/2) and the skip connection (B, out, H, W)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv_block = double_conv(in_channels, out_channels)
+        self.maxpool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        x_skip = self.conv_block(x)
+        return self.maxpool(x_skip), x_skip
+
+
+class UpSampleBlock(nn.Module):
+    """(B, C, H, W) and a skip connection (B, in - C, 2H, 2W) → (B, out, 2H, 2W)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv_block = double_conv(in_channels, out_channels)
+        # with align_corners=True a pixel's colour would depend on the photo's size
+        self.upsample = nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False)
+
+    def forward(self, x, x_skip):
+        return self.conv_block(torch.cat([self.upsample(x), x_skip], dim=1))
+
+
+class UNet(nn.Module):
+    """Grey (B, 1, H, W) in [-1, 1] → colour (B, 3, H, W), about [0, 1] and not clamped.
+
+    Raises ValueError when three 2×2 poolings cannot divide H and W, both at least 8.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.downsample_block_1 = DownSampleBlock(1, 32)
+        self.downsample_block_2 = DownSampleBlock(32, 64)
+        self.downsample_block_3 = DownSampleBlock(64, 128)
+        self.middle_conv_block = double_conv(128, 256)
+        self.upsample_block_3 = UpSampleBlock(256 + 128, 128)
+        self.upsample_block_2 = UpSampleBlock(128 + 64, 64)
+        self.upsample_block_1 = UpSampleBlock(64 + 32, 32)
+        self.last_conv = nn.Conv2d(32, 3, 1)
+        nn.init.constant_(self.last_conv.bias, 0.5)  # mid-grey is nearer to any photo than black
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        if height % 8 or width % 8 or not height or not width:
+            raise ValueError(f'UNet needs a height and width divisible by 8, not {height}×{width}')
+        x, x_skip1 = self.downsample_block_1(x)
+        x, x_skip2 = self.downsample_block_2(x)
+        x, x_skip3 = self.downsample_block_3(x)
+        x = self.middle_conv_block(x)
+        x = self.upsample_block_3(x, x_skip3)
+        x = self.upsample_block_2(x, x_skip2)
+        x = self.upsample_block_1(x, x_skip1)
+        return self.last_conv(x)
+
+
+if __name__ == '__main__':
+    net = UNet()
+    for size in (64, 224), (224, 224):
+        assert net(torch.zeros(2, 1, *size)).shape == (2, 3, *size)
+    assert sum(p.numel() for p in net.parameters()) == 1_946_371
+    print('Shapes OK')
