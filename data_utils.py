@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
@@ -83,6 +83,8 @@ def load_photo(path, size=None):
                 photo.draft(None, (2 * size, 2 * size))
             photo.load()
             return to_rgb(ImageOps.exif_transpose(photo))
+    except UnidentifiedImageError as error:
+        raise OSError('no photo that Pillow can read') from error
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise OSError(getattr(error, 'strerror', None) or str(error) or repr(error)) from error
 
