@@ -1,0 +1,204 @@
+"""Draw a small set of landscapes, so that everything runs without a download.
+
+    python demo_landscapes.py              # 40 of each of seven kinds, into data/demo
+    python demo_landscapes.py data/more    # ... into another folder
+"""
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+KINDS = 'city', 'road', 'mountain', 'lake', 'ocean', 'field', 'forest'
+W, H = 320, 240  # drawn at twice the size and halved at the end: cheap smooth edges
+Y, X = np.mgrid[:H, :W].astype(np.float32)
+# the sky's top, its foot (which is also the haze), clouds, sun or moon; the light on the land
+MOODS = {'day': ((.08, .42, .90), (.54, .83, 1), (1, 1, 1), (1, .96, .76), (1, 1, 1)),
+         'dusk': ((.38, .26, .48), (1, .68, .40), (.98, .6, .5), (1, .92, .6), (.84, .66, .56)),
+         'night': ((.02, .05, .22), (.13, .28, .54), (.14, .2, .4), (1, .96, .84), (.3, .38, .5))}
+LEAF, PINE, GRASS, WHEAT = (.38, .62, .08), (.20, .52, .14), (.54, .74, .14), (.96, .78, .20)
+SAND, SEA, ROCK, WHITE = (.97, .84, .52), (.02, .38, .70), (.60, .49, .34), (.95, .97, 1)
+WALLS = (.72, .40, .26), (.90, .74, .48), (.80, .58, .36)  # brick, sandstone, terracotta
+# a tree's parts, back to front: brightness, then corners x, y from its root, in tree heights
+CONE = [(shade, 0, -top, 0, -low, x, -low)
+        for low, top, wide in ((.1, .55, .24), (.34, .8, .19), (.58, 1, .13))
+        for shade, x in ((1.25, -wide), (.75, wide))]
+CROWN = [(.75, -.28, -.9, .4, -.22), (1, -.32, -.96, .28, -.36), (1.2, -.26, -.92, .06, -.6)]
+
+
+def noise(rng, rows, cols, octaves=1):
+    """Value noise, (H, W) in about [-1, 1]: smooth random grids, each finer and fainter."""
+    total = np.zeros((H, W), np.float32)
+    for scale in (1, 2, 4, 8)[:octaves]:
+        grid = Image.fromarray(rng.uniform(-1, 1, (rows * scale, cols * scale)).astype('f'))
+        total += np.asarray(grid.resize((W, H), Image.Resampling.BICUBIC)) / scale
+    return total
+
+
+class Scene:
+    """A picture in the making: it starts as a sky, and each call lays something before it."""
+
+    def __init__(self, rng, horizon):
+        self.rng, mood = rng, rng.choice(list(MOODS), p=(.88, .08, .04))
+        top, self.foot, cloud, self.sun, self.light = (self.vary(c, .03) for c in MOODS[mood])
+        self.sun_x = rng.uniform(.1, .9) * W
+        far = np.hypot(X - self.sun_x, Y - horizon * rng.uniform(.2, .6))[..., None]
+        sky = top + (self.foot - top) * np.clip(Y / horizon, 0, 1)[..., None]
+        disc = np.float32(far < rng.integers(9, 14))
+        sky += (self.sun - sky) * (np.exp(far / -40) * .6 + disc * .4)
+        cover = noise(rng, 6, 3, 4)[..., None] - np.float32(rng.uniform(-.1, .8))
+        sky += (cloud - sky) * np.clip(cover, 0, .9)
+        self.image = Image.fromarray(np.uint8(np.clip(sky, 0, 1) * 255))
+        self.draw = ImageDraw.Draw(self.image)
+
+    def vary(self, colour, amount=.06):
+        jitter = self.rng.normal(1, amount) * self.rng.normal(1, amount / 2, 3)
+        return np.float32(colour) * np.float32(jitter)
+
+    def lit(self, colour, haze=0.0):
+        """The colour (..., 3) in this scene's light, behind so much haze: 0 none, 1 all."""
+        colour = np.float32(colour) * self.light
+        return np.uint8(np.clip(colour + (self.foot - colour) * haze, 0, 1) * 255)
+
+    def lay(self, where, colour, texture=0.0, haze=0.0):
+        """Paint the pixels where (H, W) is true; texture (H, W) makes them lighter or darker."""
+        top = where.any(1).argmax()  # nothing to do above it
+        texture = np.broadcast_to(np.float32(1 + texture), (H, W))[top:, :, None]
+        self.image.paste(Image.fromarray(self.lit(texture * self.vary(colour), haze)), (0, top),
+                         Image.fromarray(where[top:]))
+
+    def land(self, y, height, colour, haze=0.0):
+        """Rolling land from about y (pixels from the top) down; returns its edge, (W,)."""
+        edge = y + height * noise(self.rng, 1, 2, 3)[0]
+        self.lay(Y > edge, colour, noise(self.rng, 60, 40, 2) * .14, haze)
+        return edge
+
+    def peaks(self, y, height, haze):
+        """Bare ridges with snow on top, lit from the left."""
+        edge = y + sum(np.interp(X[0], np.linspace(0, W, n), self.rng.uniform(-1, 1, n))
+                       * height * 2.6 / n ** .8 for n in (5, 11, 23, 47))
+        rock = noise(self.rng, 4, 9, 4) * 34 + edge
+        facets = np.clip((rock - np.roll(rock, -4, 1)) / 20, -.36, .36)
+        self.lay(Y > edge, ROCK, facets, haze)
+        snow = (Y > edge) & (Y < y - height * .2 + noise(self.rng, 6, 20, 2) * 12)
+        self.lay(snow, WHITE, facets * .4, haze * .5)
+
+    def trees(self, line, count, size, pine, haze=0.0, spread=4):
+        """Cones or round crowns rooted at the line (W,) or up to spread pixels below it."""
+        shapes, draw = (CONE, self.draw.polygon) if pine else (CROWN, self.draw.ellipse)
+        for y, x in sorted((line[x] + self.rng.uniform(0, spread), x)
+                           for x in self.rng.integers(0, W, count)):
+            s, tone = size * self.rng.uniform(.7, 1.2), self.vary(PINE if pine else LEAF)
+            self.draw.line((x, y, x, y - s / 2), tuple(self.lit((.3, .2, .1), haze)), 3)
+            inks = self.lit(np.outer([shape[0] for shape in shapes], tone), haze)
+            for ink, (_, *xy) in zip(inks, shapes, strict=True):
+                draw([o + s * d for o, d in zip((x, y) * 3, xy, strict=False)], tuple(ink))
+
+    def water(self, y, mirror):
+        """Rippled water from y down, which mirrors (0 to 1) what lies above it."""
+        near = np.clip((Y - y) / (H - y), 0, 1)
+        ripple = np.sin(88 * np.sqrt(near) + 5 * noise(self.rng, 24, 5, 2)) * (.3 + near)
+        above = np.clip(2 * y - Y + ripple * 3, 0, y - 1).astype(int)
+        sea = self.lit(self.vary(SEA) * (1 - .2 * near + .14 * ripple)[..., None])
+        sea = sea + (np.asarray(self.image)[above, X.astype(int)] - np.float32(sea)) * mirror
+        glint = np.exp(-abs(X - self.sun_x) / 16) * np.clip(ripple + .2, 0, 1)
+        sea += (self.sun * 255 - sea) * np.clip(glint, 0, .8)[..., None]
+        self.image.paste(Image.fromarray(np.uint8(np.clip(sea, 0, 255))),
+                         mask=Image.fromarray(Y > y))
+
+    def houses(self, foot, tall, haze):
+        """A row of houses with window grids, standing on foot (pixels from the top)."""
+        lamps = (255, 224, 120) if self.light.mean() < .75 else self.lit((.34, .34, .40), haze)
+        for x in self.rng.permutation(np.linspace(-10, W - 20, 12)):
+            wide, roof = self.rng.integers(24, 44), foot - tall * self.rng.uniform(.5, 1.2)
+            wall = self.vary(WALLS[self.rng.integers(3)])
+            front, shade = map(tuple, self.lit((wall, wall * .7), haze))
+            self.draw.rectangle((x, roof, x + wide, foot), shade)
+            self.draw.rectangle((x, roof, x + wide * .8, foot), front)
+            for v in np.arange(roof + 6, foot - 8, 12):
+                for u in np.arange(x + 4, x + wide * .8 - 5, 8):
+                    ink = tuple(lamps) if self.rng.random() < .75 else shade
+                    self.draw.rectangle((u, v, u + 4, v + 6), ink)
+
+
+def draw_landscape(kind, rng):
+    """One picture of the kind, 160x120 RGB, drawn by chance from a numpy.random.Generator.
+
+    Raises ValueError where the kind is not one of KINDS.
+    """
+    y, pine = H * rng.uniform(.42, .6), rng.random() < .5
+    scene, flat, near = Scene(rng, y), np.full(W, y), np.clip((Y - y) / (H - y), 0, 1)
+    if kind == 'city':
+        quay = H * rng.uniform(.72, .84)
+        for row, haze in enumerate((.6, .3, 0)):
+            scene.houses(quay, H * (.54 - .12 * row), haze)
+        scene.trees(np.full(W, quay), 9, 24, False)
+        scene.water(quay + 3, .35)
+    elif kind == 'road':
+        scene.land(y - 14, 14, PINE, .4)
+        scene.trees(scene.land(y, 3, GRASS), 22, 24, pine, .15)
+        bend = rng.normal(0, 50) * (1 - near) ** 2
+        side = (X - W * rng.uniform(.35, .65) - bend) / (4 + W * .4 * near)  # edges at -1 and 1
+        scene.lay((Y > y) & (abs(side) < 1), (.46, .46, .5), noise(rng, 80, 80) * .1)
+        dash = (abs(side) < .04) & (np.sin(9 / (near + .12)) > 0)
+        scene.lay((Y > y) & (dash | (abs(abs(side) - .88) < .04)), WHITE)
+    elif kind == 'mountain':
+        scene.peaks(y - 30, 44, .4)
+        scene.peaks(y, 34, .1)
+        scene.trees(scene.land(y + 50, 10, PINE, .1), 40, 26, True, .1)
+        scene.trees(scene.land(H - 36, 8, GRASS), 9, 44, True, spread=30)
+    elif kind == 'lake':
+        scene.peaks(y - 36, 30, .4)
+        scene.trees(scene.land(y - 10, 8, PINE, .2), 40, 22, True, .15, spread=10)
+        scene.water(y, .3)
+        scene.trees(scene.land(H - 8, 12, GRASS), 6, 70, pine)
+    elif kind == 'ocean':
+        scene.water(y, .1)
+        x, mast = W * rng.uniform(.2, .8), rng.uniform(16, 36)
+        sail = (x, y + 4, x + mast * .35, y - mast, x + mast * .8, y + 6)
+        scene.draw.polygon(sail, tuple(scene.lit(WHITE)))
+        shore = H * rng.uniform(.8, .92) + 9 * noise(rng, 1, 3, 2)[0]
+        scene.lay(Y > shore - 5 + 3 * noise(rng, 8, 30), WHITE)
+        scene.lay(Y > shore + 3, SAND, noise(rng, 80, 80) * .08)
+    elif kind == 'field':
+        scene.land(y - 14, 12, LEAF, .4)
+        scene.trees(flat, 22, 20, False, .2)
+        rows = np.sin((X - W * rng.uniform(.2, .8)) / (6 + Y - y) * 24) * np.sqrt(near)
+        scene.lay(Y > y, WHEAT, rows * .16 + noise(rng, 50, 70) * .08)
+        scene.trees(flat + 12, 2, 60, False, spread=30)
+    elif kind == 'forest':
+        for row, haze in enumerate((.5, .38, .25, .12, 0)):
+            edge = scene.land(y * .7 + 24 * row, 6, PINE if pine else LEAF, haze)
+            scene.trees(edge, 40 - 5 * row, 40 + 12 * row, pine, haze, spread=20)
+        scene.land(H - 18, 5, GRASS)
+    else:
+        raise ValueError(f'{kind!r} is not one of {KINDS}')
+    return scene.image.resize((W // 2, H // 2), Image.Resampling.BOX)
+
+
+def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
+    """Draw per_kind (>= 1) pictures of each kind into folder/kind/kind_001.jpg and so on.
+
+    A folder that exists is left as it is. Returns the number of pictures in the folder;
+    raises ValueError where per_kind is less than 1.
+    """
+    folder = Path(folder)
+    if per_kind < 1:
+        raise ValueError(f'per_kind must be at least 1, not {per_kind}')
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # the set takes its name only when it is whole, however the drawing ends
+        with tempfile.TemporaryDirectory(prefix=f'{folder.name}.tmp', dir=folder.parent) as tmp:
+            for index, kind in enumerate(KINDS):
+                (Path(tmp) / 'whole' / kind).mkdir(parents=True)
+                for number in range(1, per_kind + 1):
+                    picture = draw_landscape(kind, np.random.default_rng((seed, index, number)))
+                    picture.save(Path(tmp, 'whole', kind, f'{kind}_{number:03}.jpg'), quality=90)
+            os.replace(Path(tmp, 'whole'), folder)
+    return len(list(folder.rglob('*.jpg')))
+
+
+if __name__ == '__main__':
+    print(draw_landscapes(*sys.argv[1:2]), 'pictures')
