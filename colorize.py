@@ -59,7 +59,7 @@ from device import (
 from report import decorate, describe, log_epoch, log_graph, log_settings, say
 from unet import UNet
 
-DEMO = dict(data_path='data/demo', image_size=64, epochs=10, batch_size=16, name='demo')
+DEMO = dict(data_path='data/demo', image_size=64, epochs=8, batch_size=8, name='demo')
 DEMO_GAIN = 3.0  # dB over the grey copy that the demo must reach
 METRICS = ('validation loss', 'PSNR/prediction', 'PSNR/with luminance', 'PSNR/gray copy',
            'colorfulness/prediction', 'colorfulness/truth')
@@ -403,6 +403,8 @@ def run(args, home, stop):
         say(f'stopped in epoch {state.progress.epoch + 1} after step {state.progress.step}; '
             f'to go on: {same_command(folder.name)} --resume')
         return 128 + (stop.number or signal.SIGTERM)
+    if skipped := int(distributed.total(len(loaders[0].photos.skipped))[0]):
+        say(f'{skipped} of {len(names)} photos could not be read and were skipped')
     return finish(args, weights, scalars)
 
 

@@ -208,7 +208,7 @@ class PhotosInMemory:
         if world > 1:  # the others' photos are still zero, so the sum is the union
             dist.all_reduce(self.photos)
             dist.all_reduce(self.readable)
-        self.readable = self.readable.bool().cpu()
+        self.readable, self.skipped = self.readable.bool().cpu(), files.skipped
 
     def batches(self, shares):
         """As PhotoFiles.batches."""

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import demo_landscapes
+# small networks only wait for each other's threads; also in the programs that the tests start
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import demo_landscapes  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
