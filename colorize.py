@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import distributed
+from arguments import OneLineParser, count, multiple_of_8, natural, number
 from checkpoint import (
     Progress,
     State,
@@ -67,28 +68,6 @@ METRICS = ('validation loss', 'PSNR/prediction', 'PSNR/with luminance', 'PSNR/gr
 
 # ---------------------------------------------------------------------------- arguments
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}\n')
-
-
-def number(kind, allowed, wish):
-    """An argparse type: a number for which `allowed` holds; `wish` says which those are."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f'{text} is not {wish}')
-        return value
-    return parse
-
-
-count = number(int, lambda n: n > 0, 'a whole number above 0')
-natural = number(int, lambda n: n >= 0, 'a whole number, 0 or above')
-
-
 def parse_args(argv):
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,8 +80,8 @@ def parse_args(argv):
         help="Adam's learning rate [%(default)s]")
     add('--val_fraction', type=number(float, lambda f: 0 <= f < 1, 'at least 0 and below 1'),
         default=0.1, help='photos held out for validation; 0 trains on all [%(default)s]')
-    add('--image_size', type=number(int, lambda s: s > 0 and s % 8 == 0, 'a multiple of 8'),
-        default=224, help='photos are squashed to this many pixels square [%(default)s]')
+    add('--image_size', type=multiple_of_8, default=224,
+        help='photos are squashed to this many pixels square [%(default)s]')
     add('--seed', type=natural, default=0, help='of weights, order and flips [%(default)s]')
     add('--name', default='UNet', help='the folder in runs/ [%(default)s]')
     add('--resume', action='store_true', help='go on with the run of that name, if there is one')
