@@ -186,8 +186,9 @@ def test_the_fast_loaders_agree_with_torchvision(photos, drawings):
         assert x.shape[1:] == (1, 64, 64) and y.shape[1:] == (3, 64, 64)
         for x1, y1 in zip(x, y, strict=True):
             photo = Image.open(drawings / names[done]).convert('RGB')
-            assert (y1 - color(photo)).abs().max() <= 1 / 255
-            assert (x1 - gray(photo)).abs().max() <= 2 / 255  # x spans 2, y spans 1
+            assert (y1 - color(photo)).abs().max() <= 1.001 / 255
+            # x spans 2 where y spans 1; torchvision's grey is rounded to a level, ours is not
+            assert (x1 - gray(photo)).abs().max() <= 2 * 1.501 / 255
             done += 1
     assert done == 20
 
