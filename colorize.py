@@ -124,27 +124,22 @@ def train(net, optimizer, loader, epochs=5, writer=None, *,
     for epoch in range(epochs):
         if epoch:
             progress.finish_epoch()
-        losses, stopping, asked = [], 0, time.monotonic()
+        losses, stopping, seen, start, asked = [], 0, 0, time.monotonic(), time.monotonic()
         for x, y in (bar := progress_bar(loader, progress)):
             photos, stopping = distributed.total(len(x), stop.number)
             if stopping:
                 break
             progress.step += 1
             if photos:
-                with precision.autocast:
-                    errors = F.mse_loss(model(x.to(device)), y.to(device), reduction='sum')
-                errors = errors / y.shape[1:].numel()  # now the sum of the photos' losses
-                optimizer.zero_grad()
-                # processes average their gradients: this makes it the mean over all their photos
-                precision.scaler.scale(errors * distributed.world / photos).backward()
-                precision.scaler.step(optimizer)
-                precision.scaler.update()
+                loss = take_step(model, optimizer, precision, x.to(device), y.to(device), photos)
+                losses.append((progress.step, loss))
                 progress.photos += len(x)
-                losses.append((progress.step, errors.detach()))
-            if losses and time.monotonic() - asked > 0.5:
+                seen += photos
+            if (now := time.monotonic()) - asked > 0.5 and losses:
                 settle(losses, progress)
-                bar.set_postfix_str(f'loss {progress.loss_sum / progress.photos:.4f}')
-                asked = time.monotonic()
+                bar.set_postfix_str(f'loss {progress.loss_sum / max(1, progress.photos):.4f}, '
+                                    f'{seen / (now - start):.1f} photos/s')
+                asked = now
         settle(losses, progress)
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise FloatingPointError(f'a weight is not finite {not_finite(progress)}')
@@ -157,6 +152,20 @@ def train(net, optimizer, loader, epochs=5, writer=None, *,
         if writer:
             writer.add_scalar('training loss', loss, progress.epoch + 1)
     return loss
+
+
+def take_step(model, optimizer, precision, x, y, photos):
+    """One step on this process's share of `photos` photos; returns the sum of their losses.
+
+    Processes average their gradients: what is differentiated makes that the mean over all photos.
+    """
+    with precision.autocast:
+        errors = F.mse_loss(model(x), y, reduction='sum') / y.shape[1:].numel()
+    optimizer.zero_grad()
+    precision.scaler.scale(errors * distributed.world / photos).backward()
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    return errors.detach()
 
 
 def progress_bar(loader, progress):
