@@ -164,7 +164,8 @@ def load_checkpoint(path, settings):
     except RequestError as error:
         raise RequestError(f'{error}; {remedy}') from error
     expected = {'net', 'optimizer', 'scaler', 'progress', 'settings'}
-    if not isinstance(checkpoint, dict) or checkpoint.keys() != expected:
+    if (not isinstance(checkpoint, dict) or checkpoint.keys() != expected
+            or checkpoint['progress'].keys() != asdict(Progress()).keys()):
         raise RequestError(f'{path} is no checkpoint of this program; {remedy}')
     if difference := differs(checkpoint['net'], UNet().state_dict()):
         raise RequestError(f'{path} holds {difference}; {remedy}')

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,7 +215,7 @@ def evaluate(net, loader, precision, stop):
             colorfulness(y),
             torch.ones(len(x), device=x.device),
         ])
-        sums += values.sum(1).to('cpu', torch.float64)
+        sums += values.sum(1).cpu()
     *sums, photos = distributed.total(*sums.tolist())
     if not photos:
         raise RequestError('none of the held-out photos could be read')
@@ -425,9 +426,9 @@ def fault(error, args):
     text = ' '.join(str(error).split())
     if isinstance(error, RequestError):
         return 2, text
-    if isinstance(error, OSError):
-        return 1, text
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, OSError) and error.strerror:
+        return 1, f'{error.filename}: {error.strerror}' if error.filename else error.strerror
+    if isinstance(error, OSError | FloatingPointError):
         return 1, text
     if (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
             or "can't allocate memory" in text):
@@ -445,18 +446,16 @@ def main(argv=None):
     stop = StopSignal()
     keep_freed_memory()
     try:
-        if args.dry_run:
-            with tempfile.TemporaryDirectory() as home:
-                return run(args, Path(home), stop)
-        return run(args, Path(), stop)
+        with tempfile.TemporaryDirectory() if args.dry_run else nullcontext('') as home:
+            code = run(args, Path(home), stop)
+        distributed.end()
+        return code
     except (RequestError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         code, line = fault(error, args)
         if not code:
             raise
         print(f'colorize.py: {line}', file=sys.stderr)
         return code
-    finally:
-        distributed.end()
 
 
 if __name__ == '__main__':
