@@ -130,7 +130,8 @@ def training(args):
 def quality(args):
     """Time until the reference's held-out PSNR after its epochs, reading and start included."""
     start = time.perf_counter()
-    report = reference(args, '--epochs', args.epochs, '--val_path', args.val_path)
+    report = reference(args, '--epochs', args.epochs, '--val_path', args.val_path,
+                       *(['--limit', args.limit] if args.limit else []))
     whole, goal = time.perf_counter() - start, report['val_psnr']
     start = time.perf_counter()
     own = ours('training', args, until=goal, epochs=10 * args.epochs)
