@@ -1,5 +1,6 @@
 """What makes a run impossible to lose: files written whole, resuming, stopping when asked."""
 import io
+import itertools
 import math
 import os
 import signal
@@ -34,13 +35,10 @@ def save_whole(path, content):
 
     Raises OSError naming `path`, which then is as it was.
     """
-    # serialized in memory first: a full disk is then an ordinary OSError
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    temporary = Path(f'{path}.tmp')
+    content, temporary = serialized(content), Path(f'{path}.tmp')
     try:
         with open(temporary, 'wb') as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -49,22 +47,29 @@ def save_whole(path, content):
         raise OSError(error.errno, f'{path} was not saved: {error.strerror}') from error
 
 
+def serialized(content):
+    """The bytes of a file by torch.save; made in memory, a full disk is an ordinary OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
 def plain_state_dict(net):
     """The weights as any laptop can load them: contiguous CPU float32 tensors."""
     return {name: value.detach().to('cpu', torch.float32, memory_format=torch.contiguous_format)
             for name, value in net.state_dict().items()}
 
 
-def set_aside(path):
-    """Keeps an earlier run's file: renames it to the first free name with a number.
+def set_aside(path, content):
+    """Keeps an earlier run's file, where `content` is about to take its place.
 
-    Returns the new name, None where there was no file.
+    Renames it to the first free name with a number, which is returned; None where there was no
+    file, or the same one, which a run left that was killed before its first checkpoint.
     """
-    if not path.exists():
+    if not path.exists() or path.read_bytes() == serialized(content):
         return None
-    numbers = iter(range(1, 1_000_000))
-    kept = next(new for n in numbers
-                if not (new := path.with_stem(f'{path.stem}_{n}')).exists())
+    names = (path.with_stem(f'{path.stem}_{number}') for number in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
     os.replace(path, kept)
     return kept
 

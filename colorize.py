@@ -327,9 +327,10 @@ def keep_best(weights, net, scalars, progress):
         if not scalars['validation loss'] < progress.best:
             return
         progress.best = scalars['validation loss']
-    if not progress.saved and (kept := set_aside(weights)):
+    state = plain_state_dict(net)
+    if not progress.saved and (kept := set_aside(weights, state)):
         say(f'the {weights.name} that was here is now {kept.name}')
-    save_whole(weights, plain_state_dict(net))
+    save_whole(weights, state)
     progress.saved = True
 
 
