@@ -1,0 +1,63 @@
+"""The page that a run of two epochs has in TensorBoard, in a real browser."""
+import os
+import subprocess
+import sys
+
+import pytest
+from browser import (
+    TAGS,
+    browser,
+    free_port,
+    graph,
+    images,
+    needs_browser,
+    says,
+    scalars,
+    settings,
+    started,
+)
+from conftest import ROOT
+from test_readme import readme
+
+pytestmark = needs_browser
+
+
+@pytest.fixture(scope='module')
+def page(drawings, tmp_path_factory):
+    """A browser's page, and the address of the TensorBoard that has the run."""
+    home = tmp_path_factory.mktemp('page')
+    (home / 'data').mkdir()
+    (home / 'data/landscapes').symlink_to(drawings)
+    train = readme('python colorize.py').replace('python ', f'{sys.executable} {ROOT}/')
+    subprocess.run(train.split(), cwd=home, check=True, timeout=300)
+    port, log = free_port(), home / 'tensorboard.log'
+    show = readme('tensorboard --logdir runs --port 8898').replace('8898', str(port))
+    words = [sys.executable, '-m', 'tensorboard.main', *show.split()[1:]]
+    url = f'http://localhost:{port}'
+    with (started(words, log, cwd=home, env=os.environ | dict(TMPDIR=str(home))) as tensorboard,
+          browser() as page):
+        says(log, tensorboard, f' at {url}/')
+        yield page, url
+
+
+def test_scalars(page):
+    assert scalars(*page, epochs=2) == dict.fromkeys(TAGS, 2)
+
+
+def test_images(page):
+    # 16 photos of 32 pixels in a grid of four, with lines of two pixels
+    assert images(*page) == {'Input': ('UNet', 138, 138, False),
+                             'Predicted': ('UNet', 138, 138, True),
+                             'Ground truth': ('UNet', 138, 138, True)}
+
+
+def test_graph(page):
+    assert graph(*page) == {
+        'downsample_block_1', 'downsample_block_2', 'downsample_block_3', 'middle_conv_block',
+        'upsample_block_3', 'upsample_block_2', 'upsample_block_1', 'last_conv'}
+
+
+def test_settings(page):
+    names, values = settings(*page)
+    assert {'batch_size', 'epochs', 'image_size', 'lr', 'val_fraction', 'seed'} <= names
+    assert values.items() >= {'Trial ID': 'UNet', 'batch_size': '16.000', 'device': 'cpu'}.items()
