@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def load_tensors(path):
     Raises RequestError that says what the file is instead.
     """
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch about foreign files: the line below says it
+            return torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise RequestError(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # a foreign file makes the unpickler raise nearly anything
@@ -88,7 +91,7 @@ def load_tensors(path):
         what = ('an empty file' if not start else
                 'a web page' if start.startswith(b'<') else
                 'a damaged or truncated file' if start.startswith(b'pk') else
-                'a pickle of more than tensors, which could run code,' if start[0] == 0x80 else
+                'a pickle of more than tensors (loading it could run code)' if start[0] == 0x80 else
                 'no file of torch.save')
         raise RequestError(f'{path} is {what}; nothing in it was run') from error
 

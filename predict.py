@@ -25,7 +25,7 @@ from checkpoint import load_weights
 from data_utils import RequestError, list_photos, luminance, to_rgb, with_luminance
 from device import choose_device
 
-# a little less quality would cost more than a grey level; whatever compresses a TIFF loses its EXIF
+# a little less quality costs more than a grey level; libtiff, which compresses, fails at much EXIF
 FORMATS = dict(AVIF=dict(quality=95), BMP={}, JPEG=dict(quality=98), JPEG2000={}, PNG={}, PPM={},
                TIFF=dict(compression='raw'), WEBP=dict(quality=100))  # all others become PNG
 OPAQUE = 'BMP', 'JPEG', 'PPM'

@@ -272,20 +272,24 @@ def test_luminance_is_pillow_s():
     assert (data_utils.luminance(y)[0, 0] * 255 - gray).abs().max() <= 0.51
 
 
-def test_the_luminance_merge_can_only_help():
+def test_the_luminance_merge_keeps_colour_and_has_the_luminance_everywhere():
     torch.manual_seed(0)
-    y = torch.rand(4, 3, 64, 64)
-    prediction = torch.randn(4, 3, 64, 64)
-    gray = data_utils.luminance(y)
-    merged = data_utils.with_luminance(prediction, gray)
-    before, after = ((p - y).square().sum(1) for p in (prediction, merged))
-    assert (after <= before + 1e-6).all() and merged.min() >= 0 and merged.max() <= 1
-    near = (y + 0.02 * torch.randn_like(y)).clamp(0.1, 0.9)
-    gray = data_utils.luminance(near.roll(1, 2)) * 0.1 + data_utils.luminance(near) * 0.9
-    merged = data_utils.with_luminance(near, gray)
-    inside = ((merged > 0) & (merged < 1)).all(1)
-    assert inside.any()
-    assert (data_utils.luminance(merged)[:, 0] - gray[:, 0])[inside].abs().max() < 1e-6
+    gray = torch.rand(4, 1, 64, 64)
+    gray[0], gray[1] = 0, 1
+    for wild in torch.randn(4, 3, 64, 64), torch.zeros(4, 3, 64, 64):
+        merged = data_utils.with_luminance(wild, gray)
+        assert merged.min() >= -1e-6 and merged.max() <= 1 + 1e-6
+        assert (data_utils.luminance(merged) - gray).abs().max() < 1e-5
+    assert torch.equal(merged, gray.expand_as(merged))  # black has no colour to keep
+
+    # inside the cube it takes away exactly what is wrong in brightness
+    y = 0.3 + 0.4 * torch.rand(4, 3, 64, 64)
+    brighter = y + 0.2 * torch.randn(4, 1, 64, 64)
+    merged = data_utils.with_luminance(brighter, data_utils.luminance(y))
+    assert torch.allclose(merged, y, atol=1e-6)
+    # a prediction that is right stays as it is, at the cube's faces too
+    y = torch.rand(4, 3, 64, 64).mul(4).round().div(4)
+    assert torch.allclose(data_utils.with_luminance(y, data_utils.luminance(y)), y, atol=1e-5)
 
 
 def test_psnr():
