@@ -77,7 +77,7 @@ class Training:
 
     @property
     def text(self):
-        return self.terminal.decode()
+        return self.terminal.decode(errors='replace')  # the end may be half a character
 
     def wait_for(self, happened, seconds=120):
         """Until `happened()`, or the program's end; whether the program still runs."""
@@ -153,7 +153,7 @@ def while_saving(training, delay, name, seconds=0.02):
 
 
 def after_an_epoch(training, delay, seconds=0.1):
-    alive = training.wait_for(lambda: re.search(r'^epoch \d+/', training.text, re.MULTILINE))
+    alive = training.wait_for(lambda: re.search(r'epoch \d+/\d+  training', training.text))
     time.sleep(delay * seconds)
     return alive and training.process.poll() is None
 
