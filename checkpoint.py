@@ -1,8 +1,10 @@
 """What makes a run impossible to lose: files written whole, resuming, stopping when asked."""
+import contextlib
 import io
 import itertools
 import math
 import os
+import pickle
 import signal
 import warnings
 from dataclasses import asdict, dataclass
@@ -44,7 +46,8 @@ def save_whole(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too
+            temporary.unlink()
         raise OSError(error.errno, f'{path} was not saved: {error.strerror}') from error
 
 
@@ -90,9 +93,10 @@ def load_tensors(path):
         start = Path(path).read_bytes()[:512].lstrip().lower()
         what = ('an empty file' if not start else
                 'a web page' if start.startswith(b'<') else
-                'a damaged or truncated file' if start.startswith(b'pk') else
-                'a pickle of more than tensors (loading it could run code)' if start[0] == 0x80 else
-                'no file of torch.save')
+                'no file of torch.save' if not start.startswith((b'pk', b'\x80')) else
+                'a pickle of more than tensors, which could run code'
+                if isinstance(error, pickle.UnpicklingError) else
+                'a damaged or truncated file')
         raise RequestError(f'{path} is {what}; nothing in it was run') from error
 
 
@@ -208,5 +212,7 @@ class StopSignal:
         if self.number or self.nothing_to_save:
             os._exit(128 + number)
         self.number = number
-        # not print: the signal may have come in the middle of one
-        os.write(2, b'\nstopping after this step; once more to stop at once\n')
+        # the terminal may be gone: after a hang-up, or as Ctrl-C ended the `tee` behind the pipe
+        with contextlib.suppress(OSError):
+            # not print: the signal may have come in the middle of one
+            os.write(2, b'\nstopping after this step; once more to stop at once\n')

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -313,6 +314,8 @@ def make_loaders(args, names, training, validation, device):
 
 def open_page(folder, args, progress):
     """The run's TensorBoard writer; None where it cannot be written."""
+    # TensorBoard's thread hands its errors on to the calls below: one warning, no traceback
+    threading.excepthook = lambda _: None
     # what a killed run logged after its last checkpoint is taken back, and logged again
     writer = decorate(SummaryWriter, folder, purge_step=progress.epoch + 1)
     if writer and progress == Progress():
@@ -348,6 +351,9 @@ def fit(args, folder, weights, state, precision, loaders, stop):
         speed = (progress.photos - before) / (time.perf_counter() - start)
         if held:
             scalars |= evaluate(net, held, precision, stop)
+            if not math.isfinite(scalars['validation loss']):
+                raise FloatingPointError(f'the validation loss is {scalars["validation loss"]} '
+                                         f'{not_finite(progress)}')
         scalars |= {'learning rate': args.lr, 'photos per second': speed}
         progress.finish_epoch()
         if distributed.rank == 0:
@@ -433,8 +439,9 @@ def fault(error, args):
         return 1, text
     if (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
             or "can't allocate memory" in text):
-        return 1, (f'out of memory with --batch_size {args.batch_size}: try '
-                   f'--batch_size {max(1, args.batch_size // 2)}')
+        smaller = (f'--batch_size {args.batch_size // 2}' if args.batch_size > 1 else
+                   'a smaller --image_size')
+        return 1, f'out of memory with --batch_size {args.batch_size}: try {smaller}'
     if 'DataLoader worker' in text:
         return 1, f'{text}: out of memory? Try fewer than --num_workers {args.num_workers}'
     if distributed.world > 1 and isinstance(error, RuntimeError):

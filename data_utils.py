@@ -3,6 +3,7 @@
     loader = get_colorized_dataset_loader('data/landscapes', batch_size=32, shuffle=True)
     x, y = next(iter(loader))
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -10,6 +11,7 @@ import random
 import signal
 import sys
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -23,6 +25,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 PHOTO_EXTENSIONS = (*IMG_EXTENSIONS, '.avif', '.gif', '.jfif')
+# Pillow warns of photos above 89 megapixels, and refuses those above 179
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
 class RequestError(Exception):
@@ -175,8 +179,9 @@ class PhotoFiles(Dataset):
 
     def batches(self, shares):
         """For each list of indices: its readable photos uint8 (B, S, S, 3), and which they are."""
-        loader = DataLoader(self, batch_sampler=shares, num_workers=self.num_workers,
-                            collate_fn=self.collate, worker_init_fn=leave_signals_to_the_parent)
+        with signals_held_back():
+            loader = iter(DataLoader(self, batch_sampler=shares, num_workers=self.num_workers,
+                                     collate_fn=self.collate))
         for share, (photos, reasons) in zip(shares, loader, strict=True):
             for index, reason in zip(share, reasons, strict=True):
                 if reason:
@@ -255,10 +260,20 @@ class PhotoLoader:
             yield gray_and_color(torch.where(flips[:, None, None, None], photos.flip(2), photos))
 
 
-def leave_signals_to_the_parent(_):
-    """Ctrl-C reaches a loader's workers too; the parent stops them when it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def signals_held_back():
+    """Ctrl-C and systemd's SIGTERM go to a loader's workers too. Those started in here inherit
+    that they never see them, from their first moment on; the parent ends them when it has saved.
+    """
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK,
+                                    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ---------------------------------------------------------------------------- grey and colour

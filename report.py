@@ -1,4 +1,5 @@
 """What one sees of a run: its lines on the terminal and its page in TensorBoard."""
+import os
 import sys
 import warnings
 
@@ -12,7 +13,10 @@ import distributed
 def say(*words, file=None):
     """Prints, in one process of many, and at once: a log file is watched too."""
     if distributed.rank == 0:
-        print(*words, file=file, flush=True)
+        try:
+            print(*words, file=file, flush=True)
+        except OSError:  # a closed terminal or pipe, a full disk: no reason to lose the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def describe(epoch, epochs, scalars):
