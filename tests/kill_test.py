@@ -44,6 +44,8 @@ steps = open(steps, 'ab', buffering=0)
 register_optimizer_step_post_hook(lambda *_: steps.write(b'.'))
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
+# a shell's '&' has Ctrl-C ignored, and what is started here would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---------------------------------------------------------------------------- one start
