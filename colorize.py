@@ -15,7 +15,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +23,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import distributed
@@ -39,16 +37,14 @@ from checkpoint import (
     save_whole,
     set_aside,
 )
+from color import colorfulness, psnr, with_luminance
 from data_utils import (
     PhotoFiles,
     PhotoLoader,
     PhotosInMemory,
     RequestError,
-    colorfulness,
     held_out,
     list_photos,
-    psnr,
-    with_luminance,
 )
 from demo_landscapes import draw_landscapes
 from device import (
@@ -59,7 +55,7 @@ from device import (
     keep_freed_memory,
     processors,
 )
-from report import decorate, describe, log_epoch, log_graph, log_settings, say
+from report import decorate, describe, fault, log_epoch, open_page, say
 from unet import UNet
 
 DEMO = dict(data_path='data/demo', image_size=64, epochs=8, batch_size=8, name='demo')
@@ -312,18 +308,6 @@ def make_loaders(args, names, training, validation, device):
             next(iter(PhotoLoader(photos, shown, 16, device))) if distributed.rank == 0 else None)
 
 
-def open_page(folder, args, progress):
-    """The run's TensorBoard writer; None where it cannot be written."""
-    # TensorBoard's thread hands its errors on to the calls below: one warning, no traceback
-    threading.excepthook = lambda _: None
-    # what a killed run logged after its last checkpoint is taken back, and logged again
-    writer = decorate(SummaryWriter, folder, purge_step=progress.epoch + 1)
-    if writer and progress == Progress():
-        decorate(log_graph, writer, UNet(), args.image_size)
-        decorate(log_settings, writer, vars(args), ('training loss', *METRICS))
-    return writer
-
-
 def keep_best(weights, net, scalars, progress):
     """Writes unet.pth where this epoch is the best so far, or nothing is held out to tell."""
     if 'validation loss' in scalars:
@@ -342,7 +326,7 @@ def fit(args, folder, weights, state, precision, loaders, stop):
     net, progress, scalars = state.net, state.progress, {}
     model = DistributedDataParallel(net) if distributed.world > 1 else net
     loader, held, samples = loaders
-    writer = open_page(folder, args, progress) if distributed.rank == 0 else None
+    writer = open_page(folder, args, progress, METRICS) if distributed.rank == 0 else None
     while progress.epoch < args.epochs:
         loader.epoch, loader.start = progress.epoch, progress.step
         start, before = time.perf_counter(), progress.photos
@@ -426,27 +410,6 @@ def finish(args, weights, scalars):
             return 1
         say(f'The network colorizes: {gain:.1f} dB over the grey copy, {DEMO_GAIN:g} were asked.')
     return 0
-
-
-def fault(error, args):
-    """(exit code, one line) for what a user can mend; (0, '') for what is our own mistake."""
-    text = ' '.join(str(error).split())
-    if isinstance(error, RequestError):
-        return 2, text
-    if isinstance(error, OSError) and error.strerror:
-        return 1, f'{error.filename}: {error.strerror}' if error.filename else error.strerror
-    if isinstance(error, OSError | FloatingPointError):
-        return 1, text
-    if (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-            or "can't allocate memory" in text):
-        smaller = (f'--batch_size {args.batch_size // 2}' if args.batch_size > 1 else
-                   'a smaller --image_size')
-        return 1, f'out of memory with --batch_size {args.batch_size}: try {smaller}'
-    if 'DataLoader worker' in text:
-        return 1, f'{text}: out of memory? Try fewer than --num_workers {args.num_workers}'
-    if distributed.world > 1 and isinstance(error, RuntimeError):
-        return 1, f'process {distributed.rank}: {text}'
-    return 0, ''
 
 
 def main(argv=None):

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from arguments import OneLineParser, multiple_of_8, number
 from checkpoint import load_weights
-from data_utils import RequestError, list_photos, luminance, to_rgb, with_luminance
+from color import luminance, with_luminance
+from data_utils import RequestError, list_photos, to_rgb
 from device import choose_device
 
 # a little less quality costs more than a grey level; libtiff, which compresses, fails at much EXIF

@@ -1,13 +1,18 @@
 """What one sees of a run: its lines on the terminal and its page in TensorBoard."""
 import os
 import sys
+import threading
 import warnings
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
 import distributed
+from checkpoint import Progress
+from data_utils import RequestError
+from unet import UNet
 
 
 def say(*words, file=None):
@@ -38,6 +43,18 @@ def decorate(act, *args, **kwargs):
         say(f'warning: TensorBoard: {error}; training goes on', file=sys.stderr)
 
 
+def open_page(folder, args, progress, metrics):
+    """The run's TensorBoard writer; None where it cannot be written."""
+    # TensorBoard's thread hands its errors on to the calls below: one warning, no traceback
+    threading.excepthook = lambda _: None
+    # what a killed run logged after its last checkpoint is taken back, and logged again
+    writer = decorate(SummaryWriter, folder, purge_step=progress.epoch + 1)
+    if writer and progress == Progress():
+        decorate(log_graph, writer, UNet(), args.image_size)
+        decorate(log_settings, writer, vars(args), ('training loss', *metrics))
+    return writer
+
+
 def log_graph(writer, net, image_size):
     """The network's graph, for one photo."""
     with warnings.catch_warnings():
@@ -64,3 +81,24 @@ def log_epoch(writer, net, samples, precision, scalars, epoch):
                             **{'Ground truth': y}).items():
         writer.add_image(tag, make_grid(images, nrow=4), epoch)
     writer.flush()
+
+
+def fault(error, args):
+    """(exit code, one line) for what a user can mend; (0, '') for what is our own mistake."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, RequestError):
+        return 2, text
+    if isinstance(error, OSError) and error.strerror:
+        return 1, f'{error.filename}: {error.strerror}' if error.filename else error.strerror
+    if isinstance(error, OSError | FloatingPointError):
+        return 1, text
+    if (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+            or "can't allocate memory" in text):
+        smaller = (f'--batch_size {args.batch_size // 2}' if args.batch_size > 1 else
+                   'a smaller --image_size')
+        return 1, f'out of memory with --batch_size {args.batch_size}: try {smaller}'
+    if 'DataLoader worker' in text:
+        return 1, f'{text}: out of memory? Try fewer than --num_workers {args.num_workers}'
+    if distributed.world > 1 and isinstance(error, RuntimeError):
+        return 1, f'process {distributed.rank}: {text}'
+    return 0, ''

@@ -79,7 +79,7 @@ class Training:
 
     @property
     def text(self):
-        return self.terminal.decode()
+        return self.terminal.decode(errors='replace')  # the end may be half a character
 
     def wait_for(self, happened, seconds=120):
         """Until `happened()`, or the program's end; whether the program still runs."""
@@ -155,7 +155,7 @@ def while_saving(training, delay, name, seconds=0.02):
 
 
 def after_an_epoch(training, delay, seconds=0.1):
-    alive = training.wait_for(lambda: re.search(r'^epoch \d+/', training.text, re.MULTILINE))
+    alive = training.wait_for(lambda: re.search(r'epoch \d+/\d+  training', training.text))
     time.sleep(delay * seconds)
     return alive and training.process.poll() is None
 
@@ -199,7 +199,8 @@ def differences(folder, reference):
     curves, drawn = page(reference), page(folder)
     found += [f'{tag}: {drawn.get(tag)}, not {curves.get(tag)}'
               for tag in sorted(curves.keys() | drawn.keys()) if drawn.get(tag) != curves.get(tag)]
-    return found + [f'{path.name} was left' for path in folder.rglob('*.tmp')]
+    return found + [f'{path.name} was left' for path in (*folder.rglob('*.tmp'),
+                                                         *folder.glob('unet_*.pth'))]
 
 
 def same(a, b):
@@ -230,7 +231,7 @@ class Trial:
         self.base, self.random = base, random.Random(seed)
         self.photos, self.reference = base / 'photos', base / 'uninterrupted'
         self.stages, self.signals, self.found = Counter(), Counter(), []
-        self.runs = self.repeated = self.set_aside = 0
+        self.runs = self.repeated = 0
         assert draw_landscapes(self.photos, per_kind=8) == 56
 
     def uninterrupted(self):
@@ -263,7 +264,6 @@ class Trial:
                 break
         made = training.steps.stat().st_size
         self.repeated += made - self.steps
-        self.set_aside += len(list(folder.glob('unet_*.pth')))
         found = differences(folder, self.reference)
         if exact and made != self.steps:
             found.append(f'{made} steps were made, not {self.steps}')
@@ -330,7 +330,6 @@ def report(trial, killed, minutes):
     print('\n'.join(f'{number:5} {name}' for name, number in sorted(trial.signals.items())))
     print(f'{trial.runs:5} runs of {trial.steps} steps, after one that nothing stopped\n'
           f'{trial.repeated:5} steps repeated, all after SIGKILL\n'
-          f'{trial.set_aside:5} times a kill in the first epoch left a unet_N.pth beside unet.pth\n'
           f'{len(trial.found):5} differences found, in {minutes:.1f} minutes')
 
 

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-import data_utils
 from data_utils import (
     ImageFolderGrayColor,
     PhotoFiles,
@@ -260,56 +259,6 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys):
             assert sum(len(x) for x, _ in loader) == 5
         assert files.skipped == {3}
         assert capsys.readouterr().err == "skipped '3.png': no photo that Pillow can read\n"
-
-
-# ---------------------------------------------------------------------------- grey and colour
-
-def test_luminance_is_pillow_s():
-    rng = np.random.default_rng(0)
-    photo = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    y = transforms.ToTensor()(photo)[None]
-    gray = torch.from_numpy(np.asarray(photo.convert('L')).copy())
-    assert (data_utils.luminance(y)[0, 0] * 255 - gray).abs().max() <= 0.51
-
-
-def test_the_luminance_merge_keeps_colour_and_has_the_luminance_everywhere():
-    torch.manual_seed(0)
-    gray = torch.rand(4, 1, 64, 64)
-    gray[0], gray[1] = 0, 1
-    for wild in torch.randn(4, 3, 64, 64), torch.zeros(4, 3, 64, 64):
-        merged = data_utils.with_luminance(wild, gray)
-        assert merged.min() >= -1e-6 and merged.max() <= 1 + 1e-6
-        assert (data_utils.luminance(merged) - gray).abs().max() < 1e-5
-    assert torch.equal(merged, gray.expand_as(merged))  # black has no colour to keep
-
-    # inside the cube it takes away exactly what is wrong in brightness
-    y = 0.3 + 0.4 * torch.rand(4, 3, 64, 64)
-    brighter = y + 0.2 * torch.randn(4, 1, 64, 64)
-    merged = data_utils.with_luminance(brighter, data_utils.luminance(y))
-    assert torch.allclose(merged, y, atol=1e-6)
-    # a prediction that is right stays as it is, at the cube's faces too
-    y = torch.rand(4, 3, 64, 64).mul(4).round().div(4)
-    assert torch.allclose(data_utils.with_luminance(y, data_utils.luminance(y)), y, atol=1e-5)
-
-
-def test_psnr():
-    y = torch.zeros(2, 3, 8, 8)
-    assert data_utils.psnr(y + 0.1, y).tolist() == pytest.approx([20, 20])
-    assert data_utils.psnr(y, y).tolist() == [100, 100]
-
-
-def test_colorfulness():
-    rng = np.random.default_rng(0)
-    photo = rng.integers(0, 256, (40, 30, 3)).astype(float)
-    rg = photo[..., 0] - photo[..., 1]
-    yb = (photo[..., 0] + photo[..., 1]) / 2 - photo[..., 2]
-    by_hand = np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
-    y = torch.from_numpy(photo / 255).permute(2, 0, 1)[None]
-    assert data_utils.colorfulness(y).item() == pytest.approx(by_hand)
-    # all one blue: no deviation, and the signed means 0 and -255
-    blue = torch.tensor([0., 0, 1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    assert data_utils.colorfulness(blue).item() == pytest.approx(0.3 * 255)
-    assert data_utils.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() == pytest.approx(0)
 
 
 def test_the_order_does_not_hang_on_random_state(drawings):
