@@ -241,7 +241,7 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, login, drawings, tmp_p
     assert said.endswith('the dry run went through everything, and kept nothing\n')
 
     laptop.type(readme('ssh USER@VM_ADDRESS mkdir -p colorize'))
-    laptop.type(readme('scp -r *.py *.sh *.txt tests USER@VM_ADDRESS:colorize'))
+    laptop.type(readme('scp -r *.py *.sh *.txt *.toml tests USER@VM_ADDRESS:colorize'))
     assert {path.name for path in there.iterdir()} == {
         'tests', *(path.name for kind in ('py', 'sh', 'txt') for path in ROOT.glob(f'*.{kind}'))}
     (laptop.project / 'unet.py').write_text((ROOT / 'unet.py').read_text() + '# changed\n')
