@@ -1,5 +1,6 @@
 """What makes a run impossible to lose: files written whole, resuming, stopping when asked."""
 import contextlib
+import hashlib
 import io
 import itertools
 import math
@@ -24,7 +25,7 @@ class Progress:
     loss_sum: float = 0.0     # over the photos seen in the running epoch
     photos: int = 0
     best: float = math.inf    # the lowest validation loss
-    saved: bool = False       # whether unet.pth is this run's
+    saved: str = ''           # the digest of this run's unet.pth
 
     def finish_epoch(self):
         self.epoch += 1
@@ -62,6 +63,11 @@ def plain_state_dict(net):
     """The weights as any laptop can load them: contiguous CPU float32 tensors."""
     return {name: value.detach().to('cpu', torch.float32, memory_format=torch.contiguous_format)
             for name, value in net.state_dict().items()}
+
+
+def digest(path):
+    """SHA-256 of a file; '' where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ''
 
 
 def set_aside(path, content):

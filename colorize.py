@@ -32,6 +32,7 @@ from checkpoint import (
     State,
     Stopped,
     StopSignal,
+    digest,
     load_checkpoint,
     plain_state_dict,
     save_whole,
@@ -315,10 +316,11 @@ def keep_best(weights, net, scalars, progress):
             return
         progress.best = scalars['validation loss']
     state = plain_state_dict(net)
-    if not progress.saved and (kept := set_aside(weights, state)):
+    # another run may have written it, since this one was stopped too
+    if digest(weights) != progress.saved and (kept := set_aside(weights, state)):
         say(f'the {weights.name} that was here is now {kept.name}')
     save_whole(weights, state)
-    progress.saved = True
+    progress.saved = digest(weights)
 
 
 def fit(args, folder, weights, state, precision, loaders, stop):

@@ -217,8 +217,12 @@ def test_a_second_run_keeps_the_first_one_s_curves_and_weights(small, run, tmp_p
     assert 'the unet.pth that was here is now unet_1.pth' in done.stdout
     assert (tmp_path / 'unet_1.pth').read_bytes() == weights
     assert (tmp_path / 'unet.pth').read_bytes() != weights
-    for name in 'UNet', 'UNet_2':
-        assert len(series(events(tmp_path / 'runs' / name), 'training loss')) == 1
+    # also where the first run goes on after the second
+    other = (tmp_path / 'unet.pth').read_bytes()
+    run('colorize.py', *small, '--epochs', 4, '--resume')
+    assert (tmp_path / 'unet_2.pth').read_bytes() == other
+    for name, epochs in ('UNet', 4), ('UNet_2', 1):
+        assert len(series(events(tmp_path / 'runs' / name), 'training loss')) == epochs
 
 
 def test_without_validation_the_last_weights_are_saved(small, run, tmp_path):
