@@ -19,6 +19,7 @@ from test_kill import CHECKPOINT, call
 from torch.utils.tensorboard import SummaryWriter
 
 import colorize
+import report
 from unet import UNet
 
 FLAGS = ['--data_path', 'photos', '--image_size', 32, '--batch_size', 8, '--val_fraction', 0.25,
@@ -302,7 +303,7 @@ def test_out_of_memory_names_the_batch_size(folder, fault, monkeypatch, error, f
         raise error
 
     monkeypatch.setattr(UNet, 'forward', forward)
-    monkeypatch.setattr(colorize, 'log_graph', lambda *_: None)
+    monkeypatch.setattr(report, 'log_graph', lambda *_: None)
     before = files(folder)
     assert fault(*NEXT, *flags) == [f'colorize.py: {line}']
     assert files(folder) == before

@@ -243,7 +243,8 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, login, drawings, tmp_p
     laptop.type(readme('ssh USER@VM_ADDRESS mkdir -p colorize'))
     laptop.type(readme('scp -r *.py *.sh *.txt *.toml tests USER@VM_ADDRESS:colorize'))
     assert {path.name for path in there.iterdir()} == {
-        'tests', *(path.name for kind in ('py', 'sh', 'txt') for path in ROOT.glob(f'*.{kind}'))}
+        'tests', *(path.name for kind in ('py', 'sh', 'txt', 'toml')
+                   for path in ROOT.glob(f'*.{kind}'))}
     (laptop.project / 'unet.py').write_text((ROOT / 'unet.py').read_text() + '# changed\n')
     laptop.type(readme('rsync -avz --exclude .git --exclude-from .gitignore ./ '
                        'USER@VM_ADDRESS:colorize'))
