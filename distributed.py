@@ -16,8 +16,14 @@ world = int(os.environ.get('WORLD_SIZE', 1))
 
 def start(device):
     """Joins the other processes, where there are any. Tensors are exchanged on CPU and `device`."""
-    if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+    if world == 1:
+        return
+    store, *_ = next(dist.rendezvous('env://'))
+    if local_world == world:
+        # torchrun's store outlives a failed attempt, and with it the addresses of dead processes
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                            store=store, rank=rank, world_size=world)
 
 
 def end():
