@@ -302,7 +302,8 @@ def make_loaders(args, names, training, validation, device):
     """Loaders of the two sides (None where nothing is held out), and 16 photos to look at."""
     photos = load_photos(args, names, device)
     shown = validation or training
-    shown = shown[::math.ceil(len(shown) / 16)]
+    number = min(16, len(shown))
+    shown = [shown[place * len(shown) // number] for place in range(number)]
     share = dict(device=device, rank=distributed.rank, world=distributed.world)
     return (PhotoLoader(photos, training, args.batch_size, seed=args.seed, **share),
             PhotoLoader(photos, validation, args.batch_size, **share) if validation else None,
