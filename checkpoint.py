@@ -84,6 +84,28 @@ def set_aside(path, content):
     return kept
 
 
+def run_folder(runs, args):
+    """The folder of this run: runs/NAME, or with a number where an earlier run has that.
+
+    Raises RequestError where a file is in the way, OSError where it cannot be made.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        folder, number = runs / args.name, 1
+        while True:
+            try:
+                folder.mkdir(exist_ok=args.resume)
+                return folder
+            except FileExistsError:
+                if args.resume:
+                    raise
+                number += 1
+                folder = runs / f'{args.name}_{number}'
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RequestError(f'{error.filename} is a file where a folder is needed; move it away, '
+                           'or give another --name') from error
+
+
 def load_tensors(path):
     """What torch.save wrote at `path`, on the CPU; code in the file is never run.
 

@@ -8,7 +8,6 @@
     tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
 """
 import argparse
-import hashlib
 import math
 import os
 import shlex
@@ -35,27 +34,21 @@ from checkpoint import (
     digest,
     load_checkpoint,
     plain_state_dict,
+    run_folder,
     save_whole,
     set_aside,
 )
 from color import colorfulness, psnr, with_luminance
-from data_utils import (
-    PhotoFiles,
-    PhotoLoader,
-    PhotosInMemory,
-    RequestError,
-    held_out,
-    list_photos,
-)
+from data_utils import RequestError
 from demo_landscapes import draw_landscapes
 from device import (
     Precision,
     choose_device,
     describe_device,
-    free_memory,
     keep_freed_memory,
     processors,
 )
+from loading import make_loaders, split
 from report import decorate, describe, fault, log_epoch, open_page, say
 from unet import UNet
 
@@ -222,67 +215,6 @@ def evaluate(net, loader, precision, stop):
 
 # ---------------------------------------------------------------------------- the run
 
-def split(args):
-    """The photos' names, indices for training and for validation, what a resumed run must share.
-
-    Raises RequestError where either side is left without a photo.
-    """
-    if args.demo and distributed.rank == 0:
-        draw_landscapes(args.data_path)
-    distributed.from_first(None)  # the others wait for the drawings
-    names = list_photos(args.data_path)
-    listing = hashlib.sha256('\n'.join(names).encode('utf-8', 'surrogateescape')).hexdigest()
-    settings = dict(batch_size=args.batch_size, image_size=args.image_size, seed=args.seed,
-                    val_fraction=args.val_fraction, photos=f'{len(names)} ({listing[:8]})')
-    if distributed.from_first(settings) != settings:
-        raise RequestError(f'{args.data_path} holds {settings["photos"]} here, other photos than '
-                           'where the first process runs; copy the same to every machine')
-    training, validation = [], []
-    for index, name in enumerate(names):
-        (validation if held_out(name, args.val_fraction) else training).append(index)
-    if not training or args.val_fraction and not validation:
-        raise RequestError(f'--val_fraction {args.val_fraction:g} holds out {len(validation)} of '
-                           f'the {len(names)} photos in {args.data_path}; give another fraction, '
-                           'more photos, or 0 to train on all')
-    if args.dry_run:
-        kept = training[:8] + validation[:8]
-        names, training = [names[i] for i in kept], list(range(len(training[:8])))
-        validation = list(range(len(training), len(kept)))
-    return names, training, validation, settings
-
-
-def run_folder(runs, args):
-    """The folder of this run: runs/NAME, or with a number where an earlier run has that."""
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        folder, number = runs / args.name, 1
-        while True:
-            try:
-                folder.mkdir(exist_ok=args.resume)
-                return folder
-            except FileExistsError:
-                if args.resume:
-                    raise
-                number += 1
-                folder = runs / f'{args.name}_{number}'
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RequestError(f'{error.filename} is a file where a folder is needed; move it away, '
-                           'or give another --name') from error
-
-
-def load_photos(args, names, device):
-    """The photos in the device's memory, else in the host's, else as files to be streamed."""
-    files = PhotoFiles(args.data_path, names, args.image_size, args.num_workers)
-    size = 3 * args.image_size ** 2 * len(names)
-    for home in device, torch.device('cpu'):
-        copies = distributed.local_world if home.type == 'cpu' else 1
-        fits = not args.stream and size * copies < free_memory(home) / 2
-        if distributed.total(fits)[0] == distributed.world:
-            return PhotosInMemory(files, home, distributed.rank, distributed.world)
-    say(f'streaming the photos: {size / 2**30:.1f} GB of them stay on disk')
-    return files
-
-
 def new_state(args, settings, checkpoint, device, precision):
     """Network, optimizer and progress: new from the seed, or as the checkpoint has them."""
     torch.manual_seed(args.seed)
@@ -296,18 +228,6 @@ def new_state(args, settings, checkpoint, device, precision):
         if distributed.rank:  # the sums over all processes are the first one's to carry on
             state.progress.loss_sum = state.progress.photos = 0
     return state
-
-
-def make_loaders(args, names, training, validation, device):
-    """Loaders of the two sides (None where nothing is held out), and 16 photos to look at."""
-    photos = load_photos(args, names, device)
-    shown = validation or training
-    number = min(16, len(shown))
-    shown = [shown[place * len(shown) // number] for place in range(number)]
-    share = dict(device=device, rank=distributed.rank, world=distributed.world)
-    return (PhotoLoader(photos, training, args.batch_size, seed=args.seed, **share),
-            PhotoLoader(photos, validation, args.batch_size, **share) if validation else None,
-            next(iter(PhotoLoader(photos, shown, 16, device))) if distributed.rank == 0 else None)
 
 
 def keep_best(weights, net, scalars, progress):
@@ -359,6 +279,9 @@ def run(args, home, stop):
     """One run, from the photos to the weights, below the folder `home`; returns the exit code."""
     device, weights = choose_device(args.device, distributed.local_rank), home / 'unet.pth'
     distributed.start(device)
+    if args.demo and distributed.rank == 0:
+        draw_landscapes(args.data_path)
+    distributed.from_first(None)  # the others wait for the drawings
     names, training, validation, settings = split(args)
     if weights.is_dir():
         raise RequestError(f'{weights} is a folder, but the weights need that name; move it away')
@@ -384,7 +307,8 @@ def run(args, home, stop):
         if distributed.rank == 0:
             state.save(folder / 'checkpoint.pth')
         say(f'stopped in epoch {state.progress.epoch + 1} after step {state.progress.step}; '
-            f'to go on: {same_command(folder.name)} --resume')
+            + ('nothing of a dry run is kept' if args.dry_run else
+               f'to go on: {same_command(folder.name)} --resume'))
         return 128 + (stop.number or signal.SIGTERM)
     if skipped := int(distributed.total(len(loaders[0].photos.skipped))[0]):
         say(f'{skipped} of {len(names)} photos could not be read and were skipped')
@@ -417,6 +341,7 @@ def finish(args, weights, scalars):
 
 def main(argv=None):
     args = parse_args(argv)
+    sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     stop = StopSignal()
     keep_freed_memory()
     try:

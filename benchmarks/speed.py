@@ -31,14 +31,9 @@ from torch.nn.functional import mse_loss  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 import colorize  # noqa: E402
-from data_utils import (  # noqa: E402
-    PhotoFiles,
-    PhotoLoader,
-    PhotosInMemory,
-    list_photos,
-    load_photo,
-)
+from data_utils import list_photos, load_photo  # noqa: E402
 from device import Precision, choose_device, describe_device, keep_freed_memory  # noqa: E402
+from loading import PhotoFiles, PhotoLoader, PhotosInMemory  # noqa: E402
 from unet import UNet  # noqa: E402
 
 MULTIPLY_ADDS = 8.1e9  # of one 224×224 photo, forward; three times that with the backward pass

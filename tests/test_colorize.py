@@ -195,21 +195,6 @@ def pixels(event):
     return pil_to_tensor(Image.open(io.BytesIO(event.encoded_image_string)).convert('RGB')).int()
 
 
-@pytest.mark.parametrize('held, shown', [(3, [0, 1, 2]), (16, list(range(16))), (
-    20, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18])])
-def test_sixteen_held_out_photos_are_shown_where_there_are_so_many(monkeypatch, held, shown):
-    class Photos:
-        def batches(self, shares):
-            for share in shares:
-                yield torch.tensor(share).view(-1, 1, 1, 1).expand(-1, 8, 8, 3), torch.ones(
-                    len(share), dtype=torch.bool)
-
-    monkeypatch.setattr(colorize, 'load_photos', lambda *_: Photos())
-    args = colorize.parse_args([])
-    _, _, (_, y) = colorize.make_loaders(args, [], [50, 51], list(range(held)), 'cpu')
-    assert (y[:, 0, 0, 0] * 255).round().int().tolist() == shown
-
-
 def test_best_weights_are_kept(small, run, tmp_path):
     run('colorize.py', *small)
     checkpoint = torch.load(tmp_path / 'runs/UNet/checkpoint.pth', weights_only=True)

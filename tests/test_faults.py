@@ -19,6 +19,7 @@ from test_kill import CHECKPOINT, call
 from torch.utils.tensorboard import SummaryWriter
 
 import colorize
+import loading
 import report
 from unet import UNet
 
@@ -139,11 +140,18 @@ def test_bad_photos_are_named_once_and_left_out(folder, fault, monkeypatch, capf
         (photos / 'folder.jpg').mkdir()
         return names
 
-    list_photos = colorize.list_photos
-    monkeypatch.setattr(colorize, 'list_photos', meanwhile)
+    list_photos = loading.list_photos
+    monkeypatch.setattr(loading, 'list_photos', meanwhile)
     bad = {name: reason for name, _, reason in PHOTOS if reason}
     assert sorted(fault('--epochs', 2, *way, code=0)) == sorted(
         f'skipped {name!r}: {reason}' for name, reason in bad.items())
+
+
+def test_a_folder_whose_name_cannot_be_printed(folder, run):
+    name = os.fsdecode(b'caf\xe9')
+    (folder / 'photos').rename(folder / name)
+    done = run('colorize.py', *FLAGS, '--data_path', name, '--epochs', 1, cwd=folder)
+    assert r"python predict.py 'caf\udce9' --output colorized" in done.stdout
 
 
 def test_a_large_photo_is_no_bomb(folder, run):

@@ -126,6 +126,14 @@ def test_no_step_is_made_twice(reference, again, tmp_path, capfd, ways):
     assert differences(tmp_path, reference) == []
 
 
+def test_a_stopped_dry_run_has_nothing_to_go_on_with(again, tmp_path, capfd):
+    with signal_after(1):
+        assert again('--dry_run') == 128 + signal.SIGTERM
+    assert capfd.readouterr().out.endswith(
+        'stopped in epoch 1 after step 1; nothing of a dry run is kept\n')
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ctrl_c_reaches_the_workers_and_the_printed_command_goes_on(
         drawings, reference, tmp_path, monkeypatch):
     training = Training(tmp_path, drawings, '--stream')
