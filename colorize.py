@@ -43,6 +43,7 @@ from data_utils import RequestError
 from demo_landscapes import draw_landscapes
 from device import (
     Precision,
+    channels_last,
     choose_device,
     describe_device,
     keep_freed_memory,
@@ -218,7 +219,7 @@ def evaluate(net, loader, precision, stop):
 def new_state(args, settings, checkpoint, device, precision):
     """Network, optimizer and progress: new from the seed, or as the checkpoint has them."""
     torch.manual_seed(args.seed)
-    net = UNet().to(device, memory_format=torch.channels_last)
+    net = channels_last(UNet(), device)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=device.type != 'mps')
     state = State(net, optimizer, precision.scaler, Progress(), settings)
     if checkpoint:

@@ -5,6 +5,7 @@ import platform
 import sys
 
 import torch
+import torch.nn as nn
 
 import distributed
 from data_utils import RequestError
@@ -49,6 +50,23 @@ def choose_device(name, local_rank=0):
         return torch.device('cuda', local_rank)
     mps = name == 'mps' or name == 'auto' and torch.backends.mps.is_available()
     return torch.device('mps' if mps else 'cpu')
+
+
+def channels_last(net, device):
+    """`net` on the torch.device, laid out as convolutions are fastest, in the backward pass too.
+
+    torch.cat hands back a slice of its gradient, which nn.Upsample does not see as channels-last:
+    on a CPU, its other way took a third of the whole training step.
+    """
+    def whole_gradient(module, inputs, output):
+        if output.requires_grad and not torch.compiler.is_compiling():  # which has its own ways
+            output.register_hook(
+                lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+
+    for module in net.modules():
+        if isinstance(module, nn.Upsample):
+            module.register_forward_hook(whole_gradient)
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def free_memory(device):

@@ -32,7 +32,13 @@ from torchvision import transforms  # noqa: E402
 
 import colorize  # noqa: E402
 from data_utils import list_photos, load_photo  # noqa: E402
-from device import Precision, choose_device, describe_device, keep_freed_memory  # noqa: E402
+from device import (  # noqa: E402
+    Precision,
+    channels_last,
+    choose_device,
+    describe_device,
+    keep_freed_memory,
+)
 from loading import PhotoFiles, PhotoLoader, PhotosInMemory  # noqa: E402
 from unet import UNet  # noqa: E402
 
@@ -80,7 +86,7 @@ def _training(args):
     photos = PhotosInMemory(PhotoFiles(args.data_path, names, 224, args.num_workers), device)
     read = time.perf_counter() - start
     loader = PhotoLoader(photos, list(range(len(names))), args.batch_size, device, seed=0)
-    net = UNet().to(device, memory_format=torch.channels_last)
+    net = channels_last(UNet(), device)
     if args.compile:
         net.compile()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
@@ -208,7 +214,7 @@ def _network(args):
     keep_freed_memory()
     device = choose_device('auto')
     precision = Precision('auto', device)
-    net = UNet().to(device, memory_format=torch.channels_last)
+    net = channels_last(UNet(), device)
     if args.compile:
         net.compile()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
@@ -256,7 +262,7 @@ def _start(args):
     photos = PhotosInMemory(PhotoFiles(args.data_path, names, 224, args.num_workers), device)
     read = time.perf_counter()
     loader = PhotoLoader(photos, list(range(len(names)))[:args.batch_size], args.batch_size, device)
-    net = UNet().to(device, memory_format=torch.channels_last)
+    net = channels_last(UNet(), device)
     colorize.train(net, torch.optim.Adam(net.parameters(), fused=True), loader, 1,
                    precision=Precision('auto', device))
     return dict(imports=imported, listing=listed - begun, reading=read - listed,

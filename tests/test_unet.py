@@ -7,6 +7,7 @@ import torch.nn as nn
 from conftest import ROOT
 
 import unet
+from device import channels_last
 
 
 def template_conv(i, o):
@@ -64,6 +65,26 @@ def test_computes_what_the_template_computes():
     template.load_state_dict(net.state_dict(), strict=True)
     x = torch.rand(2, 1, 32, 48) * 2 - 1
     torch.testing.assert_close(net(x), template(x))
+
+
+def test_channels_last_reaches_the_upsampling_s_backward_pass_and_changes_no_gradient():
+    torch.manual_seed(0)
+    plain, net = unet.UNet(), unet.UNet()
+    net.load_state_dict(plain.state_dict())
+    net, whole = channels_last(net, torch.device('cpu')), []
+
+    def watch(module, inputs, output):
+        output.grad_fn.register_prehook(lambda gradients: whole.append(
+            gradients[0].is_contiguous(memory_format=torch.channels_last)))
+
+    for block in net.upsample_block_1, net.upsample_block_2, net.upsample_block_3:
+        block.upsample.register_forward_hook(watch)
+    x, y = torch.rand(2, 1, 32, 48) * 2 - 1, torch.rand(2, 3, 32, 48)
+    for n in plain, net:
+        nn.functional.mse_loss(n(x), y).backward()
+    assert whole == [True] * 3
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize('size', [(12, 16), (16, 12), (0, 8), (225, 225)])
