@@ -94,16 +94,18 @@ class PhotoFiles(Dataset):
             self.skipped.add(index)
             tqdm.write(f'skipped {self.names[index]!r}: {reason}', file=sys.stderr)
 
-    def batches(self, shares):
-        """For each list of indices: its readable photos uint8 (B, S, S, 3), and which they are."""
+    def batches(self, order, flips, sizes):
+        """The photos of the indices `order`, in batches of `sizes`: uint8 (B, S, S, 3), mirrored
+        where `flips` says so; those that cannot be read are missing."""
+        order, flips = order.split(sizes), flips.split(sizes)
         with signals_held_back():
-            loader = iter(DataLoader(self, batch_sampler=shares, num_workers=self.num_workers,
-                                     collate_fn=self.collate))
-        for share, (photos, reasons) in zip(shares, loader, strict=True):
-            for index, reason in zip(share, reasons, strict=True):
+            loader = iter(DataLoader(self, batch_sampler=[part.tolist() for part in order],
+                                     num_workers=self.num_workers, collate_fn=self.collate))
+        for indices, flip, (photos, reasons) in zip(order, flips, loader, strict=True):
+            for index, reason in zip(indices.tolist(), reasons, strict=True):
                 if reason:
                     self.skip(index, reason)
-            yield photos, torch.tensor([not reason for reason in reasons], dtype=torch.bool)
+            yield mirrored(photos, flip[[not reason for reason in reasons]])
 
     def collate(self, items):
         photos = [photo for photo, reason in items if not reason]
@@ -152,12 +154,14 @@ class PhotosInMemory:
             dist.all_reduce(self.readable)
         self.readable, self.skipped = self.readable.bool().cpu(), files.skipped
 
-    def batches(self, shares):
+    def batches(self, order, flips, sizes):
         """As PhotoFiles.batches."""
-        for share in shares:
-            share = torch.tensor(share, dtype=torch.long)
-            readable = self.readable[share]
-            yield self.photos[share[readable]], readable
+        readable = self.readable[order]
+        sizes = [int(part.sum()) for part in readable.split(sizes)]
+        # an epoch's in one go: each copy to the device waits until all work there is done
+        order, flips = (part[readable].to(self.photos.device) for part in (order, flips))
+        for indices, flip in zip(order.split(sizes), flips.split(sizes), strict=True):
+            yield mirrored(self.photos[indices], flip)
 
 
 def load_photos(args, names, device):
@@ -192,20 +196,24 @@ class PhotoLoader:
         return math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self):
-        order, flip = torch.tensor(self.indices), torch.zeros(len(self.indices), dtype=torch.bool)
+        order, flips = torch.tensor(self.indices), torch.zeros(len(self.indices), dtype=torch.bool)
         if self.seed is not None:
             # torch keeps 32 bits of a seed: mix the two numbers rather than add them
             mixed = random.Random(f'{self.seed} {self.epoch}').getrandbits(32)
             generator = torch.Generator().manual_seed(mixed)
             order = order[torch.randperm(len(order), generator=generator)]
-            flip = torch.rand(len(order), generator=generator) < 0.5
-        share = [slice(first + self.rank, min(first + self.batch_size, len(order)), self.world)
-                 for first in range(self.start * self.batch_size, len(order), self.batch_size)]
-        batches = self.photos.batches([order[s].tolist() for s in share])
-        for s, (photos, readable) in zip(share, batches, strict=True):
-            photos = photos.to(self.device, non_blocking=True)
-            flips = flip[s][readable].to(self.device, non_blocking=True)
-            yield gray_and_color(torch.where(flips[:, None, None, None], photos.flip(2), photos))
+            flips = torch.rand(len(order), generator=generator) < 0.5
+        place = torch.arange(self.start * self.batch_size, len(order))
+        place = place[place % self.batch_size % self.world == self.rank]
+        sizes = torch.bincount(place // self.batch_size - self.start,
+                               minlength=len(self) - self.start).tolist()
+        for photos in self.photos.batches(order[place], flips[place], sizes):
+            yield gray_and_color(photos.to(self.device))
+
+
+def mirrored(photos, flips):
+    """Photos (B, S, S, 3), mirrored left to right where `flips` (B,) says so."""
+    return torch.where(flips[:, None, None, None], photos.flip(2), photos)
 
 
 def gray_and_color(photos):

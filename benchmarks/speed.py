@@ -5,6 +5,7 @@
     python benchmarks/speed.py decoding --data_path PHOTOS
     python benchmarks/speed.py network                         # against what the device can do
     python benchmarks/speed.py start --data_path PHOTOS        # where the first seconds and MB go
+    python benchmarks/speed.py processes --data_path PHOTOS    # two, one core or GPU each, or one
 
 REFERENCE.py is a plain training script with the flags --data_path, --val_path, --batch_size,
 --epochs, --limit and --num_workers that prints a JSON line at the end: `epochs`, a list with
@@ -14,6 +15,7 @@ from PHOTOS first. Each measurement runs in a process of its own.
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -26,12 +28,12 @@ START = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
+from PIL import ImageOps  # noqa: E402
 from torch.nn.functional import mse_loss  # noqa: E402
-from torchvision import transforms  # noqa: E402
+from torchvision.datasets.folder import default_loader  # noqa: E402
 
 import colorize  # noqa: E402
-from data_utils import list_photos, load_photo  # noqa: E402
+from data_utils import get_colorized_dataset_loader, list_photos, load_photo  # noqa: E402
 from device import (  # noqa: E402
     Precision,
     channels_last,
@@ -146,37 +148,30 @@ def quality(args):
 
 # ---------------------------------------------------------------------------- decoding
 
-def plain(path, color=None, gray=None):
-    """What the course's two transforms do with one photo."""
-    photo = Image.open(path).convert('RGB')
-    return color(photo), gray(photo)
-
-
 def decoding(args):
-    """Photos per second on one core, up to the tensors."""
+    """Photos per second on one core: an epoch of the course's loader, and the one reading here."""
     torch.set_num_threads(1)
-    color = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
-    gray = transforms.Compose([transforms.Resize((224, 224)), transforms.Grayscale(),
-                               transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     names = list_photos(args.data_path)
     with tempfile.TemporaryDirectory() as folder:
         for n, name in enumerate(names[:6]):
             photo = ImageOps.fit(load_photo(os.path.join(args.data_path, name)), (4000, 3000))
             photo.save(f'{folder}/{n}.jpg', quality=90)
-        for title, root, chosen in (('as they are', args.data_path, names[:100]),
-                                    ('12-megapixel JPEGs', folder, list_photos(folder))):
-            files, rates = PhotoFiles(root, chosen, 224), ([], [])
+        for title, root in ('as they are', args.data_path), ('12-megapixel JPEGs', folder):
+            names, rates = list_photos(root), ([], [])
+            loader = get_colorized_dataset_loader(root, batch_size=args.batch_size)
+            loader.dataset.loader = default_loader  # torchvision's, as in the course
             for _ in range(max(3, args.repeat)):
                 start = time.perf_counter()
-                for name in chosen:
-                    plain(os.path.join(root, name), color, gray)
-                rates[0].append(len(chosen) / (time.perf_counter() - start))
+                for _ in loader:
+                    pass
+                rates[0].append(len(names) / (time.perf_counter() - start))
                 start = time.perf_counter()
-                for index in range(len(chosen)):
-                    files[index]
-                rates[1].append(len(chosen) / (time.perf_counter() - start))
+                PhotosInMemory(PhotoFiles(root, names, 224, num_workers=1), torch.device('cpu'))
+                rates[1].append(len(names) / (time.perf_counter() - start))
             a, b = (median(rate) for rate in rates)
-            table(f'decoding, photos/s on one core, {len(chosen)} photos {title}',
+            table(f'decoding, photos/s on one core, {len(names)} photos {title}',
                   [['reference pipeline', f'{a:.1f}'], ['this project', f'{b:.1f}'],
                    ['ratio', f'{b / a:.1f}×']])
 
@@ -278,6 +273,27 @@ def start(args):
              ['peak', '{:.0f} MB host, {:.0f} MB device'.format(*peak)]])
 
 
+# ---------------------------------------------------------------------------- processes
+
+def processes(args):
+    """Photos per second in the second epoch of one process, and of two with as much each."""
+    rates = {'one process': [], 'two processes': []}
+    for _ in range(args.repeat):
+        for count, name in enumerate(rates, 1):
+            with tempfile.TemporaryDirectory() as home:
+                done = subprocess.run(
+                    [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                     f'--nproc_per_node={count}', colorize.__file__, '--val_fraction', '0',
+                     '--data_path', Path(args.data_path).absolute(), '--epochs', '2',
+                     '--batch_size', str(args.batch_size)], cwd=home, stdout=subprocess.PIPE,
+                    check=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            rates[name].append(float(re.findall(r'([0-9.]+) photos/s', done.stdout)[-1]))
+    one, two = (median(rate) for rate in rates.values())
+    table(f'training, photos/s, batch {args.batch_size} over all processes, 224×224',
+          [[name, *row] for name, row in rates.items()]
+          + [['ratio of the medians', f'{two / one:.2f}×']])
+
+
 def cut(source, count, folder):
     """`count` photos of 256×256 from those in `source`: crops, each second one mirrored."""
     names = list_photos(source)
@@ -296,7 +312,8 @@ def main():
         return
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('training', 'quality', 'decoding', 'network', 'start'))
+    parser.add_argument('what', choices=(
+        'training', 'quality', 'decoding', 'network', 'start', 'processes'))
     parser.add_argument('--data_path')
     parser.add_argument('--val_path', default='')
     parser.add_argument('--reference')

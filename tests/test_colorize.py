@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from browser import TAGS
 from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,10 +23,6 @@ import colorize
 from checkpoint import Progress, Stopped
 from device import Precision
 from unet import UNet
-
-TAGS = {'training loss', 'validation loss', 'PSNR/prediction', 'PSNR/with luminance',
-        'PSNR/gray copy', 'colorfulness/prediction', 'colorfulness/truth', 'learning rate',
-        'photos per second'}
 
 
 def events(folder):

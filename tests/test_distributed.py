@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import TAGS
 from conftest import ROOT
-from test_colorize import TAGS, events, series
+from test_colorize import events, series
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
 

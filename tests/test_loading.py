@@ -131,10 +131,9 @@ def test_the_order_does_not_hang_on_random_state(drawings):
     20, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18])])
 def test_sixteen_held_out_photos_are_shown_where_there_are_so_many(monkeypatch, held, shown):
     class Photos:
-        def batches(self, shares):
-            for share in shares:
-                yield torch.tensor(share).view(-1, 1, 1, 1).expand(-1, 8, 8, 3), torch.ones(
-                    len(share), dtype=torch.bool)
+        def batches(self, order, flips, sizes):
+            for part in order.split(sizes):
+                yield part.view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
 
     monkeypatch.setattr(loading, 'load_photos', lambda *_: Photos())
     args = colorize.parse_args([])

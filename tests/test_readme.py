@@ -1,13 +1,20 @@
 """README.md keeps up with the programs: what it tells to type is run by a test, from its text."""
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import colorize
 import predict
+from checkpoint import load_weights
+from unet import UNet
 
 TEXT = (ROOT / 'README.md').read_text('utf-8')
 BLOCKS = re.findall(r'^```(.*)\n([^`]*?)^```$', TEXT, re.MULTILINE)
@@ -77,6 +84,22 @@ def test_each_call_of_predict_is_understood():
     assert ['old_photo.jpg'] in calls
     for words in calls:
         predict.parse_args(words)
+
+
+@pytest.mark.parametrize('code', [block for language, block in BLOCKS if language == 'python'])
+def test_the_python_of_the_page_runs(code, drawings, tmp_path):
+    landscapes = tmp_path / 'data/landscapes'
+    landscapes.mkdir(parents=True)
+    for drawing in sorted(drawings.rglob('*.jpg'))[:2]:
+        shutil.copy(drawing, landscapes)
+    shutil.copy(drawing, tmp_path / 'old_photo.jpg')
+    torch.save(UNet().state_dict(), tmp_path / 'unet.pth')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=200, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, '')
+    if 'my_unet.pth' in code:
+        assert 0 < float(done.stdout) < 0.2
+        load_weights(tmp_path / 'my_unet.pth')
 
 
 def test_the_table_of_flags(capsys):
