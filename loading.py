@@ -203,7 +203,7 @@ class PhotoLoader:
             generator = torch.Generator().manual_seed(mixed)
             order = order[torch.randperm(len(order), generator=generator)]
             flips = torch.rand(len(order), generator=generator) < 0.5
-        place = torch.arange(self.start * self.batch_size, len(order))
+        place = torch.arange(len(order))[self.start * self.batch_size:]
         place = place[place % self.batch_size % self.world == self.rank]
         sizes = torch.bincount(place // self.batch_size - self.start,
                                minlength=len(self) - self.start).tolist()

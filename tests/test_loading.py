@@ -90,6 +90,8 @@ def test_starting_inside_an_epoch_gives_its_rest(drawings):
         rest = [y for _, y in loader]
         assert len(whole) == len(loader) == 7 and len(rest) == 4
         assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+        loader.start = 7  # stopped after the last step, before the validation
+        assert list(loader) == []
 
 
 @pytest.mark.parametrize('world', [2, 3, 5])
