@@ -140,7 +140,9 @@ class PhotosInMemory:
                                   device=device)
         self.readable = torch.zeros(len(files), dtype=torch.uint8, device=device)
         mine = range(rank, len(files), world)
-        # threads: Pillow decodes and resizes without holding the interpreter's lock
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # in each of those that follow, of which there are enough
+        # threads: Pillow and torch decode and resize without holding the interpreter's lock
         with ThreadPoolExecutor(max(1, files.num_workers)) as pool:
             for index, (photo, reason) in zip(mine, tqdm(
                     pool.map(files.__getitem__, mine), 'reading photos', len(mine), leave=False,
@@ -149,6 +151,7 @@ class PhotosInMemory:
                     files.skip(index, reason)
                 else:
                     self.photos[index], self.readable[index] = photo, 1
+        torch.set_num_threads(threads)
         if world > 1:  # the others' photos are still zero, so the sum is the union
             dist.all_reduce(self.photos)
             dist.all_reduce(self.readable)

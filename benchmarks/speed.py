@@ -249,7 +249,7 @@ def network(args):
 
 def _start(args):
     imported = time.perf_counter() - START
-    args.epochs, args.limit = 1, args.limit
+    keep_freed_memory()
     begun = time.perf_counter()
     device = choose_device('auto')
     names = list_photos(args.data_path)[:args.limit]
