@@ -27,6 +27,7 @@ from kill_test import (
     unloadable,
     while_saving,
 )
+from tensorboard.summary.writer import event_file_writer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import colorize
@@ -85,6 +86,8 @@ def reference(drawings, tmp_path_factory):
 @pytest.fixture
 def again(drawings, tmp_path, monkeypatch):
     """again(flags...): the run goes on in a folder of the test's own; its exit code."""
+    # TensorBoard reads the files of one second in the order of their names: the 10th before the 9th
+    monkeypatch.setattr(event_file_writer, '_global_uid', event_file_writer.AtomicCounter(0))
     return partial(call, monkeypatch, tmp_path, '--data_path', drawings, *FLAGS)
 
 
@@ -188,6 +191,7 @@ def test_a_listener_that_ctrl_c_ended_first_costs_nothing(drawings, tmp_path):
 def test_a_second_signal_ends_it_at_once(drawings, tmp_path):
     twice = '''
 import os, runpy, signal, sys
+from tensorboard.summary.writer import event_file_writer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in 'ab'])
 sys.argv = sys.argv[1:]
