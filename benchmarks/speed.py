@@ -306,7 +306,7 @@ def cut(source, count, folder):
 
 
 def main():
-    if sys.argv[1].startswith('_'):
+    if sys.argv[1:] and sys.argv[1].startswith('_'):  # a measurement's own process
         args = argparse.Namespace(**json.loads(sys.argv[2]))
         print(json.dumps(globals()[sys.argv[1]](args)))
         return
