@@ -2,13 +2,11 @@
 
     python predict.py old_photo.jpg                       # → colorized/old_photo.jpg
     python predict.py album/ --output album_colorized     # a folder, with the folders in it
-    python predict.py album/ --saturation 1.3 --compare   # livelier colours, beside the grey
+    python predict.py album/ --saturation 1.3 --compare   # livelier colors, beside the gray
 """
-import argparse
 import contextlib
 import hashlib
 import io
-import math
 import os
 import sys
 import time
@@ -20,13 +18,15 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from arguments import OneLineParser, multiple_of_8, number
-from checkpoint import load_weights
-from color import luminance, with_luminance
-from data_utils import RequestError, list_photos, to_rgb
-from device import choose_device
+from data_utils import list_photos, to_rgb
+from unet import UNet
+from utils import cli
+from utils.checkpoint import load_weights
+from utils.cli import UsageError
+from utils.color import luminance, merge_luminance
+from utils.device import choose_device
 
-# a little less quality costs more than a grey level; libtiff, which compresses, fails at much EXIF
+# a little less quality costs more than a gray level; libtiff, which compresses, fails at much EXIF
 FORMATS = dict(AVIF=dict(quality=95), BMP={}, JPEG=dict(quality=98), JPEG2000={}, PNG={}, PPM={},
                TIFF=dict(compression='raw'), WEBP=dict(quality=100))  # all others become PNG
 OPAQUE = 'BMP', 'JPEG', 'PPM'
@@ -39,19 +39,18 @@ STORAGE_TAGS = {*range(254, 269), *range(273, 282), 284, *range(288, 294), 301, 
 # ---------------------------------------------------------------------------- arguments
 
 def parse_args(argv):
-    parser = OneLineParser('predict.py', description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(prog='predict.py', description=__doc__)
     add = parser.add_argument
     add('photos', nargs='+', help='photos, and folders of photos (of several, each goes to a '
         'folder of its own name)')
     add('--weights', default='unet.pth', help='what colorize.py saved [%(default)s]')
     add('--output', type=Path, default='colorized', help='the folder for the results, which have '
         'the names of the photos [%(default)s]')
-    add('--size', type=multiple_of_8, default=224,
+    add('--size', type=cli.multiple_of_8, default=224,
         help='the shorter side of what the network sees, in pixels [%(default)s]')
-    add('--saturation', type=number(float, lambda s: 0 <= s < math.inf, 'a number, 0 or above'),
-        default=1.0, help='times the predicted colour: 0 is grey [%(default)s]')
-    add('--compare', action='store_true', help='results show grey and colour side by side')
+    add('--saturation', type=cli.nonnegative_float,
+        default=1.0, help='times the predicted color: 0 is gray [%(default)s]')
+    add('--compare', action='store_true', help='results show gray and color side by side')
     add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
     return parser.parse_intermixed_args(argv)
 
@@ -62,15 +61,15 @@ def parse_args(argv):
 def colorize(net, photo, size=224, saturation=1.0):
     """A PIL image of any mode and size → RGB of the same size and luminance, on any device.
 
-    The network sees a reduced grey copy, its shorter side about `size`, its longer at most
-    4 * `size`. What it predicts is the colour; times `saturation`, that is laid over the photo.
+    The network sees a reduced gray copy, its shorter side about `size`, its longer at most
+    4 * `size`. What it predicts is the color; times `saturation`, that is laid over the photo.
     """
     gray = to_rgb(photo).convert('L')
     scale = min(size / min(gray.size), 4 * size / max(gray.size))
     small = gray.resize([max(8, 8 * round(side * scale / 8)) for side in gray.size],
                         Image.Resampling.BILINEAR)
     x = pil_to_tensor(small)[None].to(next(net.parameters()).device) / 127.5 - 1
-    color = with_luminance(net(x).float(), (x + 1) / 2)
+    color = merge_luminance(net(x).float(), (x + 1) / 2)
     red, _, blue = (color - luminance(color))[0] * saturation
     chroma = torch.stack([blue / 1.772, red / 1.402])  # JFIF's Cb and Cr, as in Pillow's YCbCr
     chroma = (128 + 255 * chroma).round().clamp(0, 255).byte().cpu()
@@ -98,7 +97,7 @@ def open_photo(path):
 
 
 def draw_result(photo, format, net, args):
-    """The colorized photo, with --compare to the right of the grey one; RGB or RGBA."""
+    """The colorized photo, with --compare to the right of the gray one; RGB or RGBA."""
     alpha = None
     if format not in OPAQUE and photo.has_transparency_data and photo.mode[0] not in 'IF':
         photo = photo.convert('RGBA')
@@ -154,7 +153,7 @@ def find_photos(paths, output):
                 photos.append((path, os.path.basename(path)))
             else:
                 bad.append((path, 'no such file or folder'))
-        except RequestError as error:
+        except UsageError as error:
             bad.append((path, str(error)))
     return photos, bad
 
@@ -164,12 +163,12 @@ def list_photos_outside(output, folder):
     names = list_photos(folder)
     output, home = Path(os.path.realpath(output)), Path(os.path.realpath(folder))
     if output == home:
-        raise RequestError(f'these are in the folder --output {output}; name another one')
+        raise UsageError(f'these are in the folder --output {output}; name another one')
     if output.is_relative_to(home):
         names = [name for name in names
                  if not Path(os.path.realpath(home / name)).is_relative_to(output)]
         if not names:
-            raise RequestError(f'no photos but those in --output {output}')
+            raise UsageError(f'no photos but those in --output {output}')
     return names
 
 
@@ -181,7 +180,7 @@ class Results:
 
     def __init__(self, folder, photos):
         if os.path.lexists(folder) and not folder.is_dir():
-            raise RequestError(f'--output {folder} is a file; name a folder')
+            raise UsageError(f'--output {folder} is a file; name a folder')
         self.log = folder / '.colorized'
         self.marks = set(self.log.read_bytes().split()) if self.log.exists() else set()
         self.photos = {identity(path) for path, _ in photos if os.path.exists(path)}
@@ -229,11 +228,11 @@ def mark(path, content):
 # ---------------------------------------------------------------------------- the run
 
 def run(args):
-    """Colorizes all photos that were asked for; returns the exit code. Raises RequestError."""
+    """Colorizes all photos that were asked for; returns the exit code. Raises UsageError."""
     photos, bad = find_photos(args.photos, args.output)
     if not photos:
-        raise RequestError('; '.join(f'{path!r}: {why}' for path, why in bad))
-    results, net = Results(args.output, photos), load_weights(args.weights)
+        raise UsageError('; '.join(f'{path!r}: {why}' for path, why in bad))
+    results, net = Results(args.output, photos), load_weights(UNet(), args.weights)
     net.to(choose_device(args.device), memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
     done, start = 0, time.perf_counter()
@@ -257,9 +256,9 @@ def main(argv=None):
     warnings.filterwarnings('ignore', module='PIL')  # of what it reads all the same
     try:
         return run(args)
-    except (RequestError, OSError) as error:
+    except (UsageError, OSError) as error:
         print(f'predict.py: {error}', file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f'predict.py: stopped; what is done is in {args.output}', file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The network: a UNet (Ronneberger et al. 2015, arXiv:1505.04597) from grey to colour.
+"""The network: a UNet (Ronneberger et al. 2015, arXiv:1505.04597) from gray to color.
 
     python unet.py      # prints "Shapes OK"
 """
@@ -36,7 +36,7 @@ class UpSampleBlock(nn.Module):
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.conv_block = double_conv(in_channels, out_channels)
-        # with align_corners=True a pixel's colour would depend on the photo's size
+        # with align_corners=True a pixel's color would depend on the photo's size
         self.upsample = nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False)
 
     def forward(self, x, x_skip):
@@ -44,7 +44,7 @@ class UpSampleBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Grey (B, 1, H, W) in [-1, 1] → colour (B, 3, H, W), about [0, 1] and not clamped.
+    """Gray (B, 1, H, W) in [-1, 1] → color (B, 3, H, W), about [0, 1] and not clamped.
 
     Raises ValueError when three 2×2 poolings cannot divide H and W, both at least 8.
     """
@@ -59,7 +59,7 @@ class UNet(nn.Module):
         self.upsample_block_2 = UpSampleBlock(128 + 64, 64)
         self.upsample_block_1 = UpSampleBlock(64 + 32, 32)
         self.last_conv = nn.Conv2d(32, 3, 1)
-        nn.init.constant_(self.last_conv.bias, 0.5)  # mid-grey is nearer to any photo than black
+        nn.init.constant_(self.last_conv.bias, 0.5)  # mid-gray is nearer to any photo than black
 
     def forward(self, x):
         height, width = x.shape[-2:]

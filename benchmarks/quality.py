@@ -14,11 +14,11 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch.nn.functional as F  # noqa: E402
+from checkpoint import load_weights  # noqa: E402
+from color import psnr  # noqa: E402
 from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from checkpoint import load_weights  # noqa: E402
-from color import psnr  # noqa: E402
 from data_utils import list_photos, load_photo  # noqa: E402
 from predict import colorize  # noqa: E402
 

@@ -28,12 +28,6 @@ START = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
-from PIL import ImageOps  # noqa: E402
-from torch.nn.functional import mse_loss  # noqa: E402
-from torchvision.datasets.folder import default_loader  # noqa: E402
-
-import colorize  # noqa: E402
-from data_utils import get_colorized_dataset_loader, list_photos, load_photo  # noqa: E402
 from device import (  # noqa: E402
     Precision,
     channels_last,
@@ -42,6 +36,12 @@ from device import (  # noqa: E402
     keep_freed_memory,
 )
 from loading import PhotoFiles, PhotoLoader, PhotosInMemory  # noqa: E402
+from PIL import ImageOps  # noqa: E402
+from torch.nn.functional import mse_loss  # noqa: E402
+from torchvision.datasets.folder import default_loader  # noqa: E402
+
+import colorize  # noqa: E402
+from data_utils import get_colorized_dataset_loader, list_photos, load_photo  # noqa: E402
 from unet import UNet  # noqa: E402
 
 MULTIPLY_ADDS = 8.1e9  # of one 224×224 photo, forward; three times that with the backward pass

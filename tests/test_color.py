@@ -1,10 +1,9 @@
+import color
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
-
-import color
 
 
 def test_luminance_is_pillow_s():

@@ -13,15 +13,15 @@ import time
 import pytest
 import torch
 from browser import TAGS
+from checkpoint import Progress, Stopped
 from conftest import ROOT
+from device import Precision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_unet import TemplateUNet
 from torchvision.transforms.functional import pil_to_tensor
 
 import colorize
-from checkpoint import Progress, Stopped
-from device import Precision
 from unet import UNet
 
 

@@ -12,15 +12,15 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+import loading
 import pytest
+import report
 import torch
 from PIL import Image
 from test_kill import CHECKPOINT, call
 from torch.utils.tensorboard import SummaryWriter
 
 import colorize
-import loading
-import report
 from unet import UNet
 
 FLAGS = ['--data_path', 'photos', '--image_size', 32, '--batch_size', 8, '--val_fraction', 0.25,

@@ -1,14 +1,14 @@
 import random
 
+import loading
 import pytest
 import torch
+from loading import PhotoFiles, PhotoLoader, PhotosInMemory, held_out
 from PIL import Image
 from test_data_utils import course_transforms, stripes
 
 import colorize
-import loading
 from data_utils import list_photos
-from loading import PhotoFiles, PhotoLoader, PhotosInMemory, held_out
 
 CPU = torch.device('cpu')
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from checkpoint import load_weights
 from conftest import ROOT
 
 import colorize
 import predict
-from checkpoint import load_weights
 from unet import UNet
 
 TEXT = (ROOT / 'README.md').read_text('utf-8')

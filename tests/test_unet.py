@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT
+from device import channels_last
 
 import unet
-from device import channels_last
 
 
 def template_conv(i, o):
