@@ -9,13 +9,12 @@
 """
 import math
 import os
-import shlex
 import signal
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +26,15 @@ from data_utils import Data, open_photos
 from demo_landscapes import draw_landscapes
 from unet import UNet
 from utils import cli, distributed, report
-from utils.checkpoint import Progress, RunFolder, State, Stopped, StopSignal, load_checkpoint
+from utils.checkpoint import (
+    Progress,
+    RunFolder,
+    State,
+    Stopped,
+    StopSignal,
+    load_checkpoint,
+    require_same,
+)
 from utils.cli import UsageError
 from utils.color import dullness, measure, merge_luminance, to_metrics
 from utils.device import (
@@ -155,7 +162,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             synced = time.monotonic()
     sync_losses(losses, progress)
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise FloatingPointError(f'a weight is not finite {describe_place(progress)}')
+        raise FloatingPointError(f'a weight is not finite {progress.place()}')
     progress.loss_sum, progress.photos = all_reduce_sum(progress.loss_sum, progress.photos)
     if signum:
         raise Stopped
@@ -194,14 +201,9 @@ def sync_losses(losses, progress):
     steps, values = zip(*losses, strict=True) if losses else ((), ())
     for step, loss in zip(steps, torch.stack(values).tolist() if values else (), strict=True):
         if not math.isfinite(loss):
-            raise FloatingPointError(f'the loss is {loss} {describe_place(progress, step)}')
+            raise FloatingPointError(f'the loss is {loss} {progress.place(step)}')
         progress.loss_sum += loss
     losses.clear()
-
-
-def describe_place(progress, step=None):
-    """Return where in a run a number was not finite."""
-    return f'at step {step or progress.step} of epoch {progress.epoch + 1}'
 
 
 def progress_bar(loader, progress):
@@ -275,7 +277,7 @@ def update_best(progress, metrics, recipe):
         objective = metrics['validation loss'] + recipe.colorfulness_weight * metrics['dullness']
         if not math.isfinite(objective):
             raise FloatingPointError(f'the validation loss is {objective} '
-                                     f'{describe_place(progress)}')
+                                     f'{progress.place()}')
         if objective >= progress.best:
             return False
     progress.best, progress.best_epoch = objective, progress.epoch + 1
@@ -283,73 +285,78 @@ def update_best(progress, metrics, recipe):
     return True
 
 
-def run(args, argv, home, stop):
-    """Run the training, from the photos to the weights, below the folder `home`.
-
-    Returns the exit code.
-    """
-    device = choose_device(args.device, distributed.local_rank)
-    distributed.init(device)
-    checkpoint = None
-    if args.resume and distributed.rank == 0:
-        checkpoint = load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet())
-    if checkpoint := broadcast(checkpoint):
-        args = parse_args(argv, checkpoint['settings'])
-    if args.demo and distributed.rank == 0:
-        draw_landscapes(args.data_path)
-    broadcast(None)  # the others wait for the drawings
-    folder, training, validation = open_photos(args.data_path, args.image_size, args.num_workers,
-                                               args.val_fraction)
-    settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=folder.fingerprint())
-    if checkpoint:
-        require_same(settings, checkpoint['settings'])
-    if args.dry_run:
-        training, validation = folder.keep(training[:8], validation[:8])
-    recipe = Recipe(Precision(args.precision, device), args.colorfulness_weight, args.lr)
-    state = new_state(settings, recipe, device)
-    if checkpoint:
-        state.restore(checkpoint)
-        if distributed.rank:  # the sums over all ranks are rank 0's to carry on
-            state.progress.loss_sum, state.progress.photos = 0.0, 0
-    run_folder = RunFolder(home, args.name, args.resume) if distributed.rank == 0 else None
-    print0(f'{describe_device(device)}, {recipe.precision.name}: {len(training)} photos to train '
-           f'on, {len(validation)} held out; logging in {run_folder and run_folder.path}')
-    if state.progress.epoch >= args.epochs:
-        return finish(args, run_folder, state.progress, [])
-    data = Data.load(folder, (training, validation), args.batch_size, device, args.seed,
-                     args.stream)
-    if run_folder:
-        report.print_skipped(folder.skipped, folder.names, run_folder.path / 'skipped.txt')
-    if state.progress.step > len(data.train_loader):
-        raise UsageError('--resume: the checkpoint is from an epoch of more steps: some photos can '
-                         'no longer be read')
-    if args.compile:
-        state.net.compile()
+def fit_or_save(state, data, recipe, run_folder, epochs, stop):
+    """Fit; save a checkpoint if the run is stopped. Return the exit code."""
+    progress = state.progress
     try:
         stop.nothing_to_save = False
-        fit(state, data, replace(recipe, steps=args.epochs * len(data.train_loader)), run_folder,
-            args.epochs, stop)
+        fit(state, data, recipe, run_folder, epochs, stop)
+        return 0
     except Stopped:
         if run_folder:
             state.save(run_folder.checkpoint)
-        print0(f'stopped in epoch {state.progress.epoch + 1} after step {state.progress.step}; '
-               + ('nothing of a dry run is kept' if args.dry_run else
-                  f'to go on: {resume_command(run_folder and run_folder.path.name)}'))
+            report.print_stopped(progress, run_folder.path.name, is_kept=not stop.temporary)
         return 128 + (stop.signum or signal.SIGTERM)
     except FloatingPointError as error:
         remedy = 'a smaller --lr or --precision fp32'
         raise FloatingPointError(
             f'{error}; ' + (f'the last good checkpoint is kept: --resume with {remedy}'
-                            if state.progress.epoch else f'begin again with {remedy}')) from error
-    return finish(args, run_folder, state.progress, data.sample_paths)
+                            if progress.epoch else f'begin again with {remedy}')) from error
 
 
-def require_same(settings, earlier):
-    """Raise UsageError if the settings of a resumed run contradict those of its checkpoint."""
-    for name in FIXED:
-        if settings[name] != earlier.get(name):
-            raise UsageError(f'--resume: {name} is {settings[name]}, but the checkpoint was '
-                             f'trained with {earlier.get(name)}; give that, or another --name')
+def run(args, argv, home, stop):
+    """Run the training, from the photos to the weights, below the folder `home`.
+
+    Returns the exit code.
+    """
+    device, is_rank0 = choose_device(args.device, distributed.local_rank), distributed.rank == 0
+    distributed.init(device)
+    checkpoint = None
+    if args.resume and is_rank0:
+        checkpoint = load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet())
+    if checkpoint := broadcast(checkpoint):
+        args = parse_args(argv, checkpoint['settings'])
+    if args.demo and is_rank0:
+        draw_landscapes(args.data_path)
+    broadcast(None)  # the others wait for the drawings
+    folder, training, validation = open_photos(args.data_path, args.image_size, args.num_workers,
+                                               args.val_fraction)
+    settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=folder.fingerprint())
+    if args.dry_run:
+        training, validation = folder.keep(training[:8], validation[:8])
+    recipe = Recipe(Precision(args.precision, device), args.colorfulness_weight, args.lr)
+    state = new_state(settings, recipe, device)
+    if checkpoint:
+        require_same(settings, checkpoint['settings'], FIXED)
+        state.restore(checkpoint)
+        if not is_rank0:  # the sums over all ranks are rank 0's to carry on
+            state.progress.loss_sum, state.progress.photos = 0.0, 0
+    run_folder = RunFolder(home, args.name, args.resume) if is_rank0 else None
+    code, samples = 0, []
+    if state.progress.epoch < args.epochs:
+        print0(f'{describe_device(device)}, {recipe.precision.name}: {len(training)} photos to '
+               f'train on, {len(validation)} held out; '
+               f'logging in {run_folder and run_folder.path}')
+        data = Data.load(folder, (training, validation), args.batch_size, device, args.seed,
+                         args.stream)
+        if run_folder:
+            report.print_skipped(folder.skipped, folder.names, run_folder.path / 'skipped.txt')
+        recipe.steps, samples = args.epochs * len(data.train_loader), data.sample_paths
+        if args.compile:
+            state.net.compile(dynamic=False)  # else a smaller last batch makes all others slow
+        code = fit_or_save(state, data, recipe, run_folder, args.epochs, stop)
+    if code or not is_rank0:
+        return code
+    if args.dry_run:
+        print0('the dry run went through everything, and kept nothing')
+        return 0
+    report.print_end(run_folder, state.progress, samples,
+                     args.data_path if args.demo else 'YOUR_PHOTOS')
+    if args.demo and state.progress.best_gain < DEMO_GAIN and args.val_fraction:
+        print0(f'colorize.py: the demo should be {DEMO_GAIN:g} dB better than the gray copy '
+               f'(--epochs {args.epochs})', file=sys.stderr)
+        return 1
+    return 0
 
 
 def new_state(settings, recipe, device):
@@ -359,42 +366,6 @@ def new_state(settings, recipe, device):
     net.image_size = settings['image_size']
     optimizer = torch.optim.Adam(net.parameters(), recipe.lr, fused=device.type != 'mps')
     return State(net, optimizer, recipe.precision.scaler, Progress(), settings)
-
-
-def resume_command(name):
-    """Return the command that goes on with this run."""
-    words, skip = [], False
-    for word in sys.argv:
-        if not skip and word != '--resume' and not word.startswith('--name'):
-            words.append(word)
-        skip = word == '--name'
-    return shlex.join(['python', *words, '--name', name or '', '--resume'])
-
-
-def finish(args, run_folder, progress, sample_paths):
-    """Print what was reached and what comes next; return the exit code."""
-    if args.dry_run:
-        print0('the dry run went through everything, and kept nothing')
-        return 0
-    if not run_folder:
-        return 0
-    if not run_folder.weights.exists():
-        print0(f'this run is finished, but {run_folder.weights} is gone: more --epochs make new '
-               'weights')
-        return 0
-    same = run_folder.is_latest()
-    print0(f'{run_folder.weights}: the weights of epoch {progress.best_epoch}'
-           + (f', also in {run_folder.latest}' if same else ''))
-    if args.val_fraction:
-        print0(report.verdict(progress.best_gain))
-    report.print_next(str(run_folder.latest if same else run_folder.weights),
-                      shlex.quote(args.data_path) if args.demo else 'YOUR_PHOTOS',
-                      sample_paths[::4])
-    if args.demo and args.val_fraction and progress.best_gain < DEMO_GAIN:
-        print0(f'colorize.py: the demo should be {DEMO_GAIN:g} dB better than the gray copy, not '
-               f'{progress.best_gain:.1f} (--epochs {args.epochs})', file=sys.stderr)
-        return 1
-    return 0
 
 
 def main(argv=None):

@@ -202,6 +202,10 @@ class Progress:
     best_epoch: int = 0       # the epoch that had it, whose weights are saved
     best_gain: float = 0.0    # dB over the gray copy in that epoch
 
+    def place(self, step=None):
+        """Return in words where the run is, or was at the given step of the running epoch."""
+        return f'at step {step or self.step} of epoch {self.epoch + 1}'
+
     def finish_epoch(self):
         """Count the running epoch as finished."""
         self.epoch += 1
@@ -280,6 +284,14 @@ def describe_bad_checkpoint(checkpoint, net):
     numbers = checkpoint['progress'] | checkpoint['scaler']
     return next((f'{name} is {value}' for name, value in numbers.items()
                  if value < 0 and name != 'best_gain' or value == math.inf and name != 'best'), '')
+
+
+def require_same(settings, earlier, names):
+    """Raise UsageError if one of the named settings contradicts the checkpoint's, `earlier`."""
+    for name in names:
+        if settings[name] != earlier.get(name):
+            raise UsageError(f'--resume: {name} is {settings[name]}, but the checkpoint was '
+                             f'trained with {earlier.get(name)}; give that, or another --name')
 
 
 # ---------------------------------------------------------------------------- the files of a run

@@ -49,11 +49,35 @@ def verdict(gain):
     return f'It colorizes: {gain:.1f} dB better than the gray copy.'
 
 
-def print_next(weights, photos, examples):
-    """Print the commands that come after a run: `photos` to colorize, `examples` to compare."""
-    option = '' if weights == 'unet.pth' else f' --weights {shlex.quote(weights)}'
+def print_stopped(progress, name, is_kept):
+    """Print where a run was stopped, and the command that goes on with it."""
+    words, is_name = ['python'], False
+    for word in sys.argv:
+        if not is_name and word != '--resume' and not word.startswith('--name'):
+            words.append(word)
+        is_name = word == '--name'
+    command = shlex.join([*words, '--name', name, '--resume'])
+    print0(f'stopped in epoch {progress.epoch + 1} after step {progress.step}; '
+           + (f'to go on: {command}' if is_kept else 'nothing of a dry run is kept'))
+
+
+def print_end(run_folder, progress, samples, photos):
+    """Print where the weights are, how good they are, and the commands to use them.
+
+    `samples` are paths of photos that show what the network makes of them, `photos` is what to
+    colorize after that.
+    """
+    if not run_folder.weights.exists():
+        print0(f'this run is finished, and {run_folder.weights} was removed; '
+               'more --epochs make new weights')
+        return
+    weights = run_folder.latest if run_folder.is_latest() else run_folder.weights
+    print0(f'{weights}: epoch {progress.best_epoch} of {run_folder.path}')
+    if progress.best_gain:  # else nothing is held out to tell
+        print0(verdict(progress.best_gain))
+    option = [] if weights == run_folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
-    if examples:
-        print0(f'    python predict.py {shlex.join(examples)}{option} --compare '
-               '--output compared')
-    print0(f'    python predict.py {photos}{option}')
+    if samples:
+        print0('    ' + shlex.join(['python', 'predict.py', *samples[::4], *option, '--compare',
+                                    '--output', 'compared']))
+    print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')
