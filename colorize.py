@@ -68,7 +68,7 @@ def parse_args(argv, settings=None):
     add('--epochs', type=cli.positive_int, default=10, help='[%(default)s]')
     add('--lr', type=cli.positive_float, default=1e-3,
         help="the highest learning rate: it warms up to that, and falls to 0 [%(default)s]")
-    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.2,
+    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.3,
         help='0 is the plain squared error, whose colors are dull [%(default)s]')
     add('--val_fraction', type=cli.fraction, default=0.1,
         help='photos held out for validation; 0 trains on all [%(default)s]')

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-GRAY = 2.0  # a colorfulness below this is only the rounding of a JPEG, or of its scan
+GRAY = 4.0  # a colorfulness below this is a tint: muted colors, as of mist and snow, begin above
 
 
 def luminance(y):
