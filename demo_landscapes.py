@@ -253,7 +253,8 @@ def main(argv=None):
         was_empty = is_empty(Path(args.folder))
         number = draw_landscapes(args.folder, args.per_kind, args.seed)
     except OSError as error:
-        print(f'demo_landscapes.py: {error.filename or args.folder}: {error.strerror or error}', file=sys.stderr)
+        print(f'demo_landscapes.py: {error.filename or args.folder}: {error.strerror or error}',
+              file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
