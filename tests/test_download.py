@@ -121,7 +121,11 @@ def call(project, server, *flags, cwd=None, **kwargs):
 def tree(project):
     """Every file of the project, hidden ones too, but for the script."""
     files = {p.relative_to(project).as_posix() for p in project.rglob('*') if not p.is_dir()}
-    return files - {'download_landscapes.sh'}
+    return files - {'download_landscapes.sh', LOCK, 'data/landscapes/.landscapes.lock'}
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
 def taken(photos):
@@ -145,6 +149,7 @@ def tools_without(folder, *hidden):
 GOOD_END = '3 photos in data/landscapes: python colorize.py\n'
 HERE_ALREADY = '3 photos already in data/landscapes: python colorize.py\n'
 PART = 'data/landscapes_small.zip.part'
+LOCK = 'data/.landscapes.lock'
 
 
 def leave_part(project, data):
@@ -160,7 +165,7 @@ def test_photos_end_up_below_their_kind(project, server, top):
         f'__MACOSX/{top}city/._1.jpg': b'x', f'__MACOSX/{top}city/1.jpg': b'x'})
     assert call(project, server) == (0, GOOD_END, '')
     assert tree(project) == taken(PHOTOS)
-    assert sorted(p.name for p in (project / 'data').iterdir()) == ['landscapes']
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
     for name, data in PHOTOS.items():
         assert (project / 'data/landscapes' / name).read_bytes() == data
     assert server.requests == [(ARCHIVE, None)]
@@ -224,7 +229,7 @@ def test_killed_while_its_curl_lives_on(project, server):
     assert call(project, server) == (0, GOOD_END, '')
     assert len(server.requests) == 2
     assert tree(project) == taken(PHOTOS)
-    assert sorted(p.name for p in (project / 'data').iterdir()) == ['landscapes']
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
 
 
 @pytest.mark.parametrize('tool', [pytest.param('curl', marks=needs_curl),
@@ -265,10 +270,10 @@ def test_part_that_is_all_there_is_not_fetched_again(project, server):
 
 def test_cleans_up_after_killed_calls(project, server):
     server.files[ARCHIVE] = GOOD
-    (project / 'data/landscapes.tmp.aBcDeF/landscapes').mkdir(parents=True)
-    (project / 'data/landscapes.tmp.aBcDeF/landscapes/1.jpg').write_bytes(b'half')
+    (project / 'data/.landscapes.tmp.aBcDeF/landscapes').mkdir(parents=True)
+    (project / 'data/.landscapes.tmp.aBcDeF/landscapes/1.jpg').write_bytes(b'half')
     assert call(project, server) == (0, GOOD_END, '')
-    assert sorted(p.name for p in (project / 'data').iterdir()) == ['landscapes']
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
     (project / PART).write_bytes(GOOD)  # killed between the last two steps
     assert call(project, server) == (0, HERE_ALREADY, '')
     assert tree(project) == taken(PHOTOS)
@@ -293,7 +298,8 @@ def test_names_that_climb_out(project, server, tmp_path, name):
     assert call(project, server) == (1, '', said(
         f'cannot unpack {PART}: {name} is a link or lies outside the folder, '
         'so take another copy'))
-    assert set(tmp_path.rglob('*')) - before == {project / 'data', project / PART}
+    assert set(tmp_path.rglob('*')) - before == {
+        project / 'data', project / PART, project / LOCK}
 
 
 def test_symlink(project, server):
@@ -313,7 +319,7 @@ def test_symlink(project, server):
 def test_not_a_zip(project, server):
     server.files[ARCHIVE] = b'hello'
     assert call(project, server) == (1, '', said(
-        f'cannot unpack {PART}: zipfile.BadZipFile: File is not a zip file'))
+        f'cannot unpack {PART}: BadZipFile: File is not a zip file'))
 
 
 def test_no_photos(project, server):
@@ -391,11 +397,11 @@ def test_an_empty_folder_is_filled(project, server):
     assert tree(project) == taken(PHOTOS)
 
 
-def serve_records(server, licences):
-    """licences: {kind/key: (clean name, licence)}"""
+def serve_records(server, licenses):
+    """licenses: {kind/key: (clean name, license)}"""
     for kind in KINDS:
         records = {name.split('/')[1]: {'clean_name': clean, 'license': number}
-                   for name, (clean, number) in licences.items() if name.startswith(kind + '/')}
+                   for name, (clean, number) in licenses.items() if name.startswith(kind + '/')}
         path = f'/landscapes/licenses/{kind}_photos_info.json'
         server.files[path] = json.dumps(records).encode()
 
@@ -425,7 +431,7 @@ def test_remixable_stops_at_a_photo_without_a_record(project, server, records):
     server.files[ARCHIVE] = GOOD
     serve_records(server, records)
     assert call(project, server, '--remixable') == (2, '', said(
-        f'cannot unpack {PART}: lake/1.jpeg has no licence record, so --remixable cannot tell'))
+        f'cannot unpack {PART}: lake/1.jpeg has no license record, so --remixable cannot tell'))
     assert tree(project) == {PART}
     # what has arrived serves a call without the flag
     asked = len(server.requests)
