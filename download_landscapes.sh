@@ -118,7 +118,9 @@ def main(path, folder, *records):
             archive.extract(member, folder)
     number = sum(len(files) for _, _, files in os.walk(folder))
     if number != len(photos):
-        refuse(f'{number} of {len(photos)} photos have arrived in the folder: call again')
+        twice = len({m.filename for m in photos}) < len(photos)
+        refuse(f'{number} of {len(photos)} photos have arrived in the folder: '
+               + ('take another copy' if twice else 'call again'))
 
 try:
     main(*sys.argv[1:])
@@ -140,7 +142,9 @@ end_if_there() {  # photos that are there are kept, whose ever they are
         die 2 "$folder has files but no jpg or png photos: move it away and call again"
     [ -z "$remixable" ] || [ -e "$folder/.remixable" ] ||
         die 2 "$folder was not fetched with --remixable: move it away and call again"
-    if complete 2> /dev/null; then rm -f "$part"; fi
+    for part in data/landscapes_small.zip.part "$folder/.landscapes.zip.part"; do
+        if complete 2> /dev/null; then rm -f "$part"; fi
+    done
     echo "$number photos already in $folder: python colorize.py"
     exit
 }
