@@ -7,7 +7,8 @@
 # A download that was cut off goes on where it stopped: call it again. Of two calls at once, the
 # second waits for the first.
 #
-# data/landscapes may be a link to a folder on a larger disk. All is then kept in that folder.
+# data/landscapes may be a link to a folder on a larger disk. Everything is then kept in that
+# folder, the archive too.
 #
 # The photos are landscapes_small.zip of https://github.com/ml5js/ml5-data-and-models, collected
 # from Flickr; each keeps its photographer's license. The data set's README asks whoever builds on
@@ -47,7 +48,7 @@ count() {  # 3943 photos as 3,943
 }
 
 complete() {  # by git's blob id: the SHA-1 of a short header and the bytes
-    [ -f "$part" ] && python3 - "$part" "$blob_id" << 'EOF'
+    [ -f "$part" ] && python3 - "$part" "$blob_id" 2> /dev/null << 'EOF'
 import hashlib, pathlib, sys
 data = pathlib.Path(sys.argv[1]).read_bytes()
 sys.exit(hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest() != sys.argv[2])
@@ -129,7 +130,7 @@ except Exception as error:  # a damaged archive can raise almost any
 EOF
 }
 
-end_if_there() {  # photos that are there are kept, whose ever they are
+end_if_there() {  # photos that are there are kept, whoever put them there
     if [ -f "$own.unfinished" ]; then
         [ "$(cat "$own.unfinished")" = "$remixable" ] ||
             die 2 "$folder was begun by a call with other arguments: call again with those"
@@ -143,14 +144,15 @@ end_if_there() {  # photos that are there are kept, whose ever they are
     [ -z "$remixable" ] || [ -e "$folder/.remixable" ] ||
         die 2 "$folder was not fetched with --remixable: move it away and call again"
     for part in data/landscapes_small.zip.part "$folder/.landscapes.zip.part"; do
-        if complete 2> /dev/null; then rm -f "$part"; fi
+        if complete; then rm -f "$part"; fi
     done
     echo "$number photos already in $folder: python colorize.py"
     exit
 }
 
 lock() {  # held by file descriptor 9, so gone with the last process that has it
-    exec 9>> "$own.lock"
+    { exec 9>> "$own.lock"; } 2> /dev/null ||
+        die 1 "$own.lock cannot be written: remove it and call again"
     python3 - "$folder" << 'EOF'
 import fcntl, sys
 try:

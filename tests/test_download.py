@@ -685,6 +685,13 @@ def test_remixable_behind_a_link(project, server, tmp_path):
     assert call(project, server, '--remixable')[0] == 0
 
 
+def test_a_lock_that_cannot_be_opened(project, server):
+    (project / LOCK).mkdir(parents=True)
+    assert call(project, server) == (1, '', said(
+        f'{LOCK} cannot be written: remove it and call again'))
+    assert server.requests == []
+
+
 def test_a_file_in_the_way(project, server):
     (project / 'data').mkdir()
     (project / 'data/landscapes').write_text('mine')
