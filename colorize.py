@@ -281,7 +281,7 @@ def update_best(progress, metrics, recipe):
         if objective >= progress.best:
             return False
     progress.best, progress.best_epoch = objective, progress.epoch + 1
-    progress.best_gain = metrics.get('Better than the gray copy (dB)', 0.0)
+    progress.best_gain = metrics.get('Gain over the gray copy (dB)', 0.0)
     return True
 
 

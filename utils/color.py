@@ -99,6 +99,6 @@ def to_metrics(means):
     return {'validation loss': means['validation loss'], 'dullness': means['dullness'],
             'PSNR of prediction': of['prediction'], 'PSNR of colorized': of['colorized'],
             'PSNR of gray copy': of['gray copy'],
-            'Better than the gray copy (dB)': of['colorized'] - of['gray copy'],
-            "Colorfulness (% of truth's)":
+            'Gain over the gray copy (dB)': of['colorized'] - of['gray copy'],
+            "vividness (% of the truth's colorfulness)":
                 100 * means['colorfulness'] / means['colorfulness of truth']}

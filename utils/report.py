@@ -1,12 +1,13 @@
 """What a run prints: the table of epochs, what it left out, the verdict, and what comes next."""
+import contextlib
 import shlex
 import sys
-from collections import Counter
 
 from utils.distributed import print0
 
-HEADER = ('         training  validation     PSNR in dB      better than  colorful,\n'
-          '  epoch      loss        loss   raw  colorized     gray copy  of truth   photos/s')
+HEADER = ('         training  validation     PSNR in dB        gain over  vividness,\n'
+          '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s')
+NAMED = 10  # so many gray photos are named on the terminal
 
 
 def print_epoch(epoch, epochs, metrics, is_saved):
@@ -14,31 +15,30 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     row = f'{epoch:>4}/{epochs:<4}{metrics["training loss"]:>8.5f}'
     if 'validation loss' in metrics:
         row += ('{validation loss:>12.5f}{PSNR of prediction:>6.2f}{PSNR of colorized:>11.2f}'
-                '{Better than the gray copy (dB):>+11.2f} dB'
-                "{Colorfulness (% of truth's):>8.0f} %").format_map(metrics)
+                '{Gain over the gray copy (dB):>+11.2f} dB'
+                "{vividness (% of the truth's colorfulness):>10.0f} %").format_map(metrics)
     else:
-        row += ' ' * 52
+        row += ' ' * 54
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
 def print_skipped(skipped, names, path):
     """Print which photos are left out, and why; write the whole list to the file `path`.
 
-    `skipped` has a reason by index. The gray ones, of which there can be hundreds, share a line.
+    `skipped` has a reason by index. Gray photos, of which there can be hundreds, may share a line.
     """
-    if not skipped:
-        return
-    lines = [f'{names[index]!r}: {reason}' for index, reason in sorted(skipped.items())]
-    for line in lines:
-        if not line.endswith(': gray'):
+    lines = {index: f'{names[index]!r}: {skipped[index]}' for index in sorted(skipped)}
+    gray = [index for index in lines if skipped[index] == 'gray']
+    for index, line in lines.items():
+        if skipped[index] != 'gray' or len(gray) <= NAMED:
             print0(f'skipped {line}', file=sys.stderr)
-    path.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='surrogateescape')
-    gray = Counter(skipped.values())['gray']
-    if gray:
-        first = ', '.join(repr(names[index]) for index in sorted(skipped)
-                          if skipped[index] == 'gray')[:60]
-        print0(f'skipped {gray} gray photos, which would teach gray: {first}… (all in {path})',
+    if len(gray) > NAMED:
+        print0(f'skipped {len(gray)} gray photos, which would teach gray; {path} names them',
                file=sys.stderr)
+    if lines:
+        with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
+            path.write_text('\n'.join(lines.values()) + '\n', 'utf-8', 'surrogateescape')
+        print0(f'{len(lines)} of {len(names)} photos are left out')
 
 
 def verdict(gain):

@@ -16,9 +16,10 @@ from torchvision.utils import make_grid
 from utils.color import merge_luminance
 from utils.distributed import print0
 
-# of a run's metrics, what is drawn. The first sorts before all other tags, and so opens at once.
-CURVES = ('Better than the gray copy (dB)', "Colorfulness (% of truth's)", 'training loss',
-          'validation loss', 'learning rate', 'photos per second')
+# TensorBoard opens the tags that sort first: the grid 'Colorized', and the first of these curves
+CURVES = ('Gain over the gray copy (dB)', 'learning rate', 'photos per second', 'training loss',
+          'validation loss', "vividness (% of the truth's colorfulness)")
+METRICS = CURVES[0], *CURVES[3:]  # that the settings led to
 LEAST_SIDE = 128  # pixels of a photo in a grid: smaller ones are enlarged
 
 
@@ -52,8 +53,8 @@ class Page:
             self.writer.add_graph(net, torch.zeros(1, *self.x.shape[1:]))
         with harmless():
             # as words: numbers would be shown as 32.000
-            words = {name: str(value) for name, value in settings.items()}
-            for summary in hparams(words, dict.fromkeys(CURVES[:4], 0)):
+            words = {name: str(value) for name, value in settings.items() if name != 'data_path'}
+            for summary in hparams(words, dict.fromkeys(METRICS, 0)):
                 self.writer.file_writer.add_summary(summary)
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class Page:
                 self.fixed = {'Input': encode(gray, 4), 'Ground truth': encode(self.y, 4)}
             prediction = prediction.float()
             colorized = merge_luminance(prediction, gray)
-            triptychs = torch.cat([gray.expand_as(self.y), colorized, self.y], dim=3)
+            triptychs = torch.cat([gray.expand_as(self.y), colorized, self.y], dim=3)[::2]
             grids = self.fixed | {'Predicted': encode(prediction.clamp(0, 1), 4),
                                   'Colorized': encode(triptychs, 2)}
             for tag, image in grids.items():
