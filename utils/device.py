@@ -2,7 +2,11 @@
 import ctypes
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -50,14 +54,20 @@ class Precision:
     """The numbers that the network computes in: an autocast context and a gradient scaler.
 
     Both do nothing in float32. The scaler does nothing in bfloat16 either, which reaches as far
-    as float32.
+    as float32. Raises UsageError if torch cannot compute in that precision on the device.
     """
 
     def __init__(self, name='fp32', device='cpu'):
         device = torch.device(device)
         self.name = self.fastest(device) if name == 'auto' else name
         dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[self.name]
-        self.autocast = torch.autocast(device.type, dtype, enabled=self.name != 'fp32')
+        self.autocast = nullcontext()  # torch 2.4 has no autocast object for an Apple GPU
+        if self.name != 'fp32':
+            try:
+                self.autocast = torch.autocast(device.type, dtype)
+            except RuntimeError as error:
+                raise UsageError(f'--precision {self.name}: torch {torch.__version__} cannot on '
+                                 f'this {device.type} device; --precision fp32 works') from error
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == 'fp16')
 
     @staticmethod
