@@ -50,6 +50,30 @@ def available_cpus():
     return max(1, os.cpu_count() // distributed.local_world_size)
 
 
+def check_compiler(device):
+    """Check that torch.compile can work on the device. Raises UsageError with the remedy if not."""
+    try:
+        torch.compile(lambda x: x)
+    except RuntimeError as error:  # a Python that is too new for this torch, for one
+        raise UsageError(f'--compile: {error}; leave --compile out') from error
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (7, 0):
+        raise UsageError(f'--compile: {describe_device(device)} is too old, triton needs compute '
+                         'capability 7.0; leave --compile out')
+    # as torch and triton choose theirs
+    compiler = (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang') or 'gcc'
+                if device.type == 'cuda' else
+                os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++'))
+    headers = sysconfig.get_path('include', 'nt' if os.name == 'nt' else 'posix_prefix')
+    try:
+        subprocess.run([*compiler.split(), '-fsyntax-only', '-x', 'c', '-I', headers, '-'],
+                       input=b'#include <Python.h>', capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        missing = ('no C compiler' if isinstance(error, OSError) else
+                   f"no Python.h in {headers}, or {compiler} cannot compile it")
+        raise UsageError(f'--compile: {missing}: sudo apt-get install -y build-essential '
+                         'python3-dev, or leave --compile out') from error
+
+
 class Precision:
     """The numbers that the network computes in: an autocast context and a gradient scaler.
 
