@@ -355,7 +355,8 @@ def run(args, home, stop):
         return 0
     data = load_data(args, folder, training, validation, device)
     if args.compile:
-        state.net.compile()
+        # not dynamic: the smaller last batch would make every later batch run slower code
+        state.net.compile(dynamic=False)
     try:
         stop.nothing_to_save = False
         metrics = fit(state, data, precision, run_folder, args.epochs, stop)
