@@ -35,6 +35,7 @@ from utils.device import (
     Precision,
     available_cpus,
     channels_last,
+    check_compiler,
     choose_device,
     describe_device,
     keep_freed_memory,
@@ -320,6 +321,8 @@ def run(args, home, stop):
     Returns the exit code.
     """
     device = choose_device(args.device, distributed.local_rank)
+    if args.compile:
+        check_compiler(device)
     distributed.init(device)
     if args.demo and distributed.rank == 0:
         draw_landscapes(args.data_path)
