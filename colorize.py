@@ -143,9 +143,10 @@ def train_epoch(model, optimizer, loader, progress, precision=Precision(), stop=
 def train_step(model, optimizer, precision, batch, photos):
     """Take one step on this rank's share of a batch of `photos`; return the sum of their losses."""
     x, y = batch
+    # before the forward pass: CUDA graphs write the new gradients where the old ones are
+    optimizer.zero_grad()
     with precision.autocast:
         loss = F.mse_loss(model(x), y, reduction='sum') / y.shape[1:].numel()
-    optimizer.zero_grad()
     # ranks average their gradients: this makes that the gradient of the mean over all photos
     precision.scaler.scale(loss * distributed.world_size / photos).backward()
     precision.scaler.step(optimizer)
