@@ -184,7 +184,7 @@ def evaluate(net, loader, precision, stop):
     of the gray copy, which is to be beaten. Raises Stopped, UsageError if no photo can be read.
     """
     net.eval()
-    sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64)
+    sums = []  # of each batch; they stay on the device until the end
     for x, y in loader:
         if all_reduce_sum(stop.signum)[0]:
             raise Stopped
@@ -200,7 +200,8 @@ def evaluate(net, loader, precision, stop):
             colorfulness(y),
             torch.ones(len(x), device=x.device),
         ])
-        sums += values.sum(1).cpu()
+        sums.append(values.sum(1))
+    sums = torch.stack(sums).cpu().double().sum(0)
     *sums, photos = all_reduce_sum(*sums.tolist())
     if not photos:
         raise UsageError('none of the held-out photos could be read')
