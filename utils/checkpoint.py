@@ -152,7 +152,10 @@ class State:
     def restore(self, checkpoint):
         """Take over what load_checkpoint returned."""
         self.net.load_state_dict(checkpoint['net'])
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        # the learning rate and what suits the device (fused) are this run's own
+        self.optimizer.load_state_dict(dict(
+            state=checkpoint['optimizer']['state'],
+            param_groups=self.optimizer.state_dict()['param_groups']))
         if checkpoint['scaler']:  # empty unless the run was in float16
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.progress = Progress(**checkpoint['progress'])
