@@ -348,8 +348,6 @@ def run(args, home, stop):
     run_folder, checkpoint = broadcast((run_folder, checkpoint))
     if checkpoint:
         state.restore(checkpoint)
-        for group in state.optimizer.param_groups:
-            group['lr'] = args.lr
         if distributed.rank:  # the sums over all ranks are rank 0's to carry on
             state.progress.loss_sum = state.progress.photos = 0
     print0(f'{describe_device(device)}, {precision.name}: {len(training)} photos to train on, '
