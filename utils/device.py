@@ -1,7 +1,9 @@
 """The machine: its device, its memory, its processors, and the precision that it is fastest in."""
 import ctypes
+import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,21 +58,25 @@ def check_compiler(device):
         torch.compile(lambda x: x)
     except RuntimeError as error:  # a Python that is too new for this torch, for one
         raise UsageError(f'--compile: {error}; leave --compile out') from error
-    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (7, 0):
-        raise UsageError(f'--compile: {describe_device(device)} is too old, triton needs compute '
-                         'capability 7.0; leave --compile out')
-    # as torch and triton choose theirs
-    compiler = (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang') or 'gcc'
-                if device.type == 'cuda' else
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            raise UsageError(f'--compile: {describe_device(device)} is too old for triton, which '
+                             'needs compute capability 7.0; leave --compile out')
+        if not importlib.util.find_spec('triton'):
+            raise UsageError('--compile: pip install triton, or leave --compile out')
+    if os.name == 'nt':  # another compiler, with other flags
+        return
+    # on a GPU triton chooses a C compiler, on a CPU torch a C++ compiler
+    compiler = (os.environ.get('CC') or shutil.which('gcc') or 'clang' if device.type == 'cuda' else
                 os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++'))
-    headers = sysconfig.get_path('include', 'nt' if os.name == 'nt' else 'posix_prefix')
+    headers = sysconfig.get_path('include', 'posix_prefix')
     try:
-        subprocess.run([*compiler.split(), '-fsyntax-only', '-x', 'c', '-I', headers, '-'],
+        subprocess.run([*shlex.split(compiler), '-fsyntax-only', '-xc', '-I', headers, '-'],
                        input=b'#include <Python.h>', capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        missing = ('no C compiler' if isinstance(error, OSError) else
-                   f"no Python.h in {headers}, or {compiler} cannot compile it")
-        raise UsageError(f'--compile: {missing}: sudo apt-get install -y build-essential '
+        missing = (f'no C compiler ({compiler})' if isinstance(error, OSError) else
+                   f'{compiler} finds no Python.h in {headers}')
+        raise UsageError(f'--compile: {missing}; sudo apt-get install -y build-essential '
                          'python3-dev, or leave --compile out') from error
 
 
