@@ -41,6 +41,7 @@ from utils.device import (
     Precision,
     available_cpus,
     channels_last,
+    check_compiler,
     choose_device,
     describe_device,
     keep_freed_memory,
@@ -174,7 +175,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
 def train_step(model, optimizer, recipe, batch, photos):
     """Take one step on this rank's share of a batch of `photos`; return its squared error."""
     x, y = batch
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # here, because CUDA graphs reuse the gradients' memory
     with recipe.precision.autocast:
         prediction = model(x)
     prediction = prediction.float()
@@ -310,6 +311,8 @@ def run(args, argv, home, stop):
     Returns the exit code.
     """
     device, is_rank0 = choose_device(args.device, distributed.local_rank), distributed.rank == 0
+    if args.compile:
+        check_compiler(device)
     distributed.init(device)
     checkpoint = None
     if args.resume and is_rank0:
@@ -382,7 +385,7 @@ def main(argv=None):
         distributed.cleanup()
         return code
     except Exception as error:
-        code, line = cli.explain_error(error, args.batch_size, args.num_workers)
+        code, line = cli.explain_error(error, args.batch_size)
         if not code:
             raise
         print(f'colorize.py: {line}', file=sys.stderr)

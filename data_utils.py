@@ -33,7 +33,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.cli import UsageError
 from utils.color import is_gray, luminance
-from utils.device import free_memory
+from utils.device import free_memory, to_device
 
 PHOTO_EXTENSIONS = (*IMG_EXTENSIONS, '.avif', '.gif', '.jfif')
 # Pillow warns of photos above 89 megapixels, and refuses those above 179
@@ -361,7 +361,8 @@ class PhotoLoader:
         if not batches:  # the run was stopped after an epoch's last step, before its validation
             return
         for photos, flip in self.photos.read(batches, flips):
-            yield gray_and_color(mirror(photos.to(self.device), flip.to(self.device)))
+            yield gray_and_color(mirror(to_device(photos, self.device),
+                                        to_device(flip, self.device)))
 
     def order_and_flips(self):
         order = torch.tensor(self.indices)
