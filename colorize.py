@@ -6,6 +6,8 @@
     python colorize.py --resume                           # go on where the run was stopped
     torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
     tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
+
+What --resume is not told, it takes from the run's checkpoint.
 """
 import math
 import os
@@ -22,36 +24,20 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from data_utils import Data, open_photos
+from data_utils import Data, PhotoFolder, load_photos, split
 from demo_landscapes import draw_landscapes
 from unet import UNet
-from utils import cli, distributed, report
-from utils.checkpoint import (
-    Progress,
-    RunFolder,
-    State,
-    Stopped,
-    StopSignal,
-    load_checkpoint,
-    require_same,
-)
+from utils import checkpoint, cli, color, device, distributed, report
+from utils.checkpoint import Progress, RunFolder, State, Stopped
 from utils.cli import UsageError
-from utils.color import dullness, measure, merge_luminance, to_metrics
-from utils.device import (
-    Precision,
-    available_cpus,
-    channels_last,
-    check_compiler,
-    choose_device,
-    describe_device,
-    keep_freed_memory,
-)
+from utils.device import Precision
 from utils.distributed import all_reduce_sum, broadcast, print0
 from utils.tensorboard import Page
 
 DEMO = dict(data_path='data/demo', epochs=8, batch_size=8, name='demo')
 DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
-WARM_UP = 0.2    # of all steps
+WARM_UP = 0.2  # of all steps
+COLORFULNESS_HELP = '0: the plain squared error, whose colors are dull'
 # what a run must share with its checkpoint, and what else its --resume takes from there
 FIXED = 'batch_size', 'image_size', 'seed', 'val_fraction', 'colorfulness_weight', 'photos'
 SETTINGS = 'lr', 'epochs', *FIXED[:-1], 'data_path'
@@ -61,38 +47,31 @@ SETTINGS = 'lr', 'epochs', *FIXED[:-1], 'data_path'
 
 def parse_args(argv, settings=None):
     """Return the parsed command line; what it leaves out comes from a checkpoint's `settings`."""
-    parser = cli.ArgumentParser(prog='colorize.py', description=__doc__)
-    add = parser.add_argument
-    add('--data_path', default='data/landscapes', help='a folder of photos [%(default)s]')
-    add('--batch_size', type=cli.positive_int, default=32,
-        help='photos per step, over all processes [%(default)s]')
-    add('--epochs', type=cli.positive_int, default=10, help='[%(default)s]')
-    add('--lr', type=cli.positive_float, default=1e-3,
-        help="the highest learning rate: it warms up to that, and falls to 0 [%(default)s]")
-    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.3,
-        help='0 is the plain squared error, whose colors are dull [%(default)s]')
-    add('--val_fraction', type=cli.fraction, default=0.1,
-        help='photos held out for validation; 0 trains on all [%(default)s]')
-    add('--image_size', type=cli.multiple_of_8, default=64,
-        help='photos are squashed to this many pixels square [%(default)s]')
-    add('--seed', type=cli.nonnegative_int, default=0,
-        help='of weights, order and flips [%(default)s]')
-    add('--name', default='UNet', help='the folder in runs/ [%(default)s]')
-    add('--resume', action='store_true', help='go on with the run of that name, if there is one')
-    add('--dry_run', action='store_true', help='one small batch through everything; keeps nothing')
-    add('--demo', action='store_true', help='draw small landscapes and learn to colorize them')
-    add('--stream', action='store_true', help='read photos from disk every epoch, to save memory')
-    add('--compile', action='store_true', help='torch.compile the network: for long runs on a GPU')
-    add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
-    add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto',
-        help='[%(default)s: the fastest that is safe on the device]')
-    add('--num_workers', type=cli.nonnegative_int, default=min(8, available_cpus()),
-        help='threads that read photos [%(default)s]')
+    parser = cli.ArgumentParser('colorize.py', __doc__)
+    add, add_flag = parser.add_argument, parser.add_flag
+    add('--data_path', default='data/landscapes', help='a folder of photos')
+    add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
+    add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
+    add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
+    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.3, help=COLORFULNESS_HELP)
+    add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='photos held out; 0: none')
+    add('--image_size', type=cli.multiple_of_8, default=64, help='photos become such a square')
+    add('--seed', type=cli.nonnegative_int, default=0, help='of weights, order and flips')
+    add('--name', default='UNet', help='the folder in runs/')
+    add_flag('--resume', 'go on with the run of that name, if there is one')
+    add_flag('--dry_run', 'send one small batch through everything, and keep nothing')
+    add_flag('--demo', 'draw small landscapes, and learn to colorize them')
+    add_flag('--stream', 'read the photos from disk in every epoch, to save memory')
+    workers = min(8, device.available_cpus())
+    add('--num_workers', type=cli.nonnegative_int, default=workers, help='threads that read photos')
+    parser.add_device()
+    add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto', help='of numbers')
+    add_flag('--compile', 'torch.compile the network, for long runs on a GPU')
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     # as text, so that a checkpoint's values are checked as those of flags are
-    parser.set_defaults(**{name: str(value) for name, value in (settings or {}).items()
-                           if name in SETTINGS})
+    saved = {name: str((settings or {})[name]) for name in SETTINGS if name in (settings or {})}
+    parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     if args.name in ('', '.', '..') or '/' in args.name or os.sep in args.name:
         parser.error(f'argument --name: {args.name!r} is not the name of a folder in runs/')
@@ -127,6 +106,10 @@ class Recipe:
     lr: float | None = None  # the highest; None leaves the optimizer's rate alone
     steps: int = 0           # of the whole run, for the rate
 
+    def objective(self, squared_error, dullness):
+        """Return what is minimized."""
+        return squared_error + self.colorfulness_weight * dullness
+
     def get_lr(self, step):
         """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
         warm_up = math.ceil(WARM_UP * self.steps)
@@ -142,7 +125,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     Raises Stopped if `stop.signum` asks for it, FloatingPointError if the loss or a weight is no
     longer finite, UsageError if no photo could be read.
     """
-    device = next(model.parameters()).device
+    home = next(model.parameters()).device
     model.train()
     losses, signum, synced = [], 0, time.monotonic()  # losses stay on the device until sync_losses
     for x, y in (bar := progress_bar(loader, progress)):
@@ -154,7 +137,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             set_lr(optimizer, recipe.get_lr(progress.epoch * len(loader) + progress.step))
         progress.step += 1
         if photos:  # 0 if none of the batch could be read
-            loss = train_step(model, optimizer, recipe, (x.to(device), y.to(device)), photos)
+            loss = train_step(model, optimizer, recipe, (x.to(home), y.to(home)), photos)
             losses.append((progress.step, loss))
             progress.photos += len(x)
         if time.monotonic() - synced > 0.5:
@@ -182,8 +165,8 @@ def train_step(model, optimizer, recipe, batch, photos):
     loss = objective = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
     if recipe.colorfulness_weight:
         # the squared error alone answers a doubt with gray: ask for the color that is missing
-        colorized = merge_luminance(prediction, (x + 1) / 2)
-        objective = loss + recipe.colorfulness_weight * dullness(colorized, y).sum()
+        colorized = color.merge_luminance(prediction, (x + 1) / 2)
+        objective = recipe.objective(loss, color.dullness(colorized, y).sum())
     # ranks average their gradients: this makes that the gradient of the mean over all photos
     scaler = recipe.precision.scaler
     scaler.scale(objective * distributed.world_size / photos).backward()
@@ -209,8 +192,8 @@ def sync_losses(losses, progress):
 
 def progress_bar(loader, progress):
     """Show the steps and the time left of an epoch, on rank 0's terminal; nothing in a log file."""
-    return tqdm(loader, f'epoch {progress.epoch + 1}', len(loader), initial=progress.step,
-                unit='step', leave=False, disable=None if distributed.rank == 0 else True)
+    options = dict(initial=progress.step, unit='step', leave=False, disable=distributed.no_bar)
+    return tqdm(loader, f'epoch {progress.epoch + 1}', len(loader), **options)
 
 
 @torch.no_grad()
@@ -226,83 +209,64 @@ def evaluate(net, loader, precision, stop):
             raise Stopped
         with precision.autocast:
             prediction = net(x)
-        measured = measure(prediction.float(), x, y)
+        measured = color.measure(prediction.float(), x, y)
         sums = sums + torch.stack(list(measured.values())).sum(1)  # stays on the device
         photos += len(x)
     *sums, photos = all_reduce_sum(*sums.tolist(), photos)
     if not photos:
         raise UsageError('none of the held-out photos could be read')
-    return to_metrics({name: value / photos for name, value in zip(measured, sums, strict=True)})
+    means = {name: total / photos for name, total in zip(measured, sums, strict=True)}
+    return color.to_metrics(means)
 
 
 # ---------------------------------------------------------------------------- a run
 
 def fit(state, data, recipe, run_folder, epochs, stop):
-    """Run epoch after epoch: train, validate, save, show. Return the last epoch's metrics."""
-    net, progress, metrics, page = state.net, state.progress, {}, None
+    """Run epoch after epoch: train, validate, save, show. Only rank 0 has a `run_folder`."""
+    net, progress = state.net, state.progress
     model = DistributedDataParallel(net) if distributed.world_size > 1 else net
-    if run_folder:
-        page = Page(run_folder.path, data.samples, progress.epoch + 1)
-        if page.writer and progress == Progress():
-            page.log_start(UNet(), state.settings)
+    page = Page(run_folder.path, data.samples, progress.epoch + 1) if run_folder else None
+    if page:
+        page.log_start(UNet(), state.settings, is_new=progress == Progress())
         print0(report.HEADER)
     while progress.epoch < epochs:
         data.train_loader.epoch, data.train_loader.first_step = progress.epoch, progress.step
         start, before = time.perf_counter(), progress.photos
-        metrics = {'training loss': train_epoch(model, state.optimizer, data.train_loader, progress,
-                                                recipe, stop)}
-        metrics |= {'photos per second': (progress.photos - before) / (time.perf_counter() - start),
-                    'learning rate': state.optimizer.param_groups[0]['lr']}
+        loss = train_epoch(model, state.optimizer, data.train_loader, progress, recipe, stop)
+        speed = (progress.photos - before) / (time.perf_counter() - start)
+        lr = state.optimizer.param_groups[0]['lr']
+        metrics = {'training loss': loss, 'learning rate': lr, 'photos per second': speed}
+        objective = None
         if data.val_loader:
             metrics |= evaluate(net, data.val_loader, recipe.precision, stop)
-        is_best = update_best(progress, metrics, recipe)
+            objective = recipe.objective(metrics['validation loss'], metrics['dullness'])
+        is_best = progress.update_best(objective, metrics.get(color.GAIN, 0.0))
         progress.finish_epoch()
         if run_folder:
             if is_best:
                 run_folder.save_weights(net)
-            if page.writer:
-                page.log_epoch(net, recipe.precision, metrics, progress.epoch)
+            page.log_epoch(net, recipe.precision, metrics, progress.epoch)
             # last: a run killed before this repeats the epoch, and takes back what it logged
             state.save(run_folder.checkpoint)
             report.print_epoch(progress.epoch, epochs, metrics, is_best)
-    if page and page.writer:
+    if page:
         page.log_features(net, data.sample_names, progress.epoch)
         page.close()
-    return metrics
-
-
-def update_best(progress, metrics, recipe):
-    """Tell whether this epoch is the best so far; without held-out photos, every epoch is."""
-    objective = 0.0
-    if 'validation loss' in metrics:
-        objective = metrics['validation loss'] + recipe.colorfulness_weight * metrics['dullness']
-        if not math.isfinite(objective):
-            raise FloatingPointError(f'the validation loss is {objective} '
-                                     f'{progress.place()}')
-        if objective >= progress.best:
-            return False
-    progress.best, progress.best_epoch = objective, progress.epoch + 1
-    progress.best_gain = metrics.get('Gain over the gray copy (dB)', 0.0)
-    return True
 
 
 def fit_or_save(state, data, recipe, run_folder, epochs, stop):
-    """Fit; save a checkpoint if the run is stopped. Return the exit code."""
-    progress = state.progress
+    """Fit, and save a checkpoint if the run is stopped. Return the exit code."""
+    stop.nothing_to_save = False
     try:
-        stop.nothing_to_save = False
         fit(state, data, recipe, run_folder, epochs, stop)
         return 0
     except Stopped:
         if run_folder:
             state.save(run_folder.checkpoint)
-            report.print_stopped(progress, run_folder.path.name, is_kept=not stop.temporary)
+            report.print_stopped(state.progress, run_folder.path.name, is_kept=not stop.temporary)
         return 128 + (stop.signum or signal.SIGTERM)
     except FloatingPointError as error:
-        remedy = 'a smaller --lr or --precision fp32'
-        raise FloatingPointError(
-            f'{error}; ' + (f'the last good checkpoint is kept: --resume with {remedy}'
-                            if progress.epoch else f'begin again with {remedy}')) from error
+        raise FloatingPointError(f'{error}; {checkpoint.describe_kept(state.progress)}') from error
 
 
 def run(args, argv, home, stop):
@@ -310,64 +274,60 @@ def run(args, argv, home, stop):
 
     Returns the exit code.
     """
-    device, is_rank0 = choose_device(args.device, distributed.local_rank), distributed.rank == 0
+    place = device.choose_device(args.device, distributed.local_rank)
+    is_rank0 = distributed.rank == 0
     if args.compile:
-        check_compiler(device)
-    distributed.init(device)
-    checkpoint = None
+        device.check_compiler(place)
+    distributed.init(place)
+    saved = None
     if args.resume and is_rank0:
-        checkpoint = load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet())
-    if checkpoint := broadcast(checkpoint):
-        args = parse_args(argv, checkpoint['settings'])
+        saved = checkpoint.load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet())
+    if saved := broadcast(saved):
+        args = parse_args(argv, saved['settings'])
     if args.demo and is_rank0:
         draw_landscapes(args.data_path)
     broadcast(None)  # the others wait for the drawings
-    folder, training, validation = open_photos(args.data_path, args.image_size, args.num_workers,
-                                               args.val_fraction)
+    folder = PhotoFolder(args.data_path, args.image_size, args.num_workers)
+    training, validation = split(folder, args.val_fraction)
     settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=folder.fingerprint())
     if args.dry_run:
         training, validation = folder.keep(training[:8], validation[:8])
-    recipe = Recipe(Precision(args.precision, device), args.colorfulness_weight, args.lr)
-    state = new_state(settings, recipe, device)
-    if checkpoint:
-        require_same(settings, checkpoint['settings'], FIXED)
-        state.restore(checkpoint)
-        if not is_rank0:  # the sums over all ranks are rank 0's to carry on
-            state.progress.loss_sum, state.progress.photos = 0.0, 0
+    recipe = Recipe(Precision(args.precision, place), args.colorfulness_weight, args.lr)
+    state = new_state(settings, recipe, place)
+    if saved:
+        checkpoint.require_same(settings, saved['settings'], FIXED)
+        state.restore(saved)
     run_folder = RunFolder(home, args.name, args.resume) if is_rank0 else None
     code, samples = 0, []
     if state.progress.epoch < args.epochs:
-        print0(f'{describe_device(device)}, {recipe.precision.name}: {len(training)} photos to '
-               f'train on, {len(validation)} held out; '
-               f'logging in {run_folder and run_folder.path}')
-        data = Data.load(folder, (training, validation), args.batch_size, device, args.seed,
-                         args.stream)
-        if run_folder:
-            report.print_skipped(folder.skipped, folder.names, run_folder.path / 'skipped.txt')
-        recipe.steps, samples = args.epochs * len(data.train_loader), data.sample_paths
+        report.print_start(place, recipe.precision, (training, validation), run_folder)
+        photos = load_photos(folder, place, args.stream)
+        report.print_skipped(folder, run_folder)
+        data = Data(photos, (training, validation), folder, args.batch_size, place, args.seed)
+        samples = data.sample_paths
+        recipe.steps = args.epochs * len(data.train_loader)
         if args.compile:
-            state.net.compile(dynamic=False)  # else a smaller last batch makes all others slow
+            state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
         code = fit_or_save(state, data, recipe, run_folder, args.epochs, stop)
     if code or not is_rank0:
         return code
     if args.dry_run:
         print0('the dry run went through everything, and kept nothing')
         return 0
-    report.print_end(run_folder, state.progress, samples,
-                     args.data_path if args.demo else 'YOUR_PHOTOS')
-    if args.demo and state.progress.best_gain < DEMO_GAIN and args.val_fraction:
-        print0(f'colorize.py: the demo should be {DEMO_GAIN:g} dB better than the gray copy '
-               f'(--epochs {args.epochs})', file=sys.stderr)
+    photos = args.data_path if args.demo else 'YOUR_PHOTOS'
+    report.print_end(run_folder, state.progress, samples, photos)
+    if args.demo and args.val_fraction and state.progress.best_gain < DEMO_GAIN:
+        print0(f'colorize.py: the demo should gain {DEMO_GAIN:g} dB', file=sys.stderr)
         return 1
     return 0
 
 
-def new_state(settings, recipe, device):
-    """Return the State of a new run: weights drawn from the seed."""
+def new_state(settings, recipe, place):
+    """Return the State of a new run on the device `place`: weights drawn from the seed."""
     torch.manual_seed(settings['seed'])
-    net = channels_last(UNet(), device)
+    net = device.channels_last(UNet(), place)
     net.image_size = settings['image_size']
-    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, fused=device.type != 'mps')
+    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, fused=place.type != 'mps')
     return State(net, optimizer, recipe.precision.scaler, Progress(), settings)
 
 
@@ -376,8 +336,8 @@ def main(argv=None):
     args = parse_args(argv)
     if sys.stdout:  # names need not be printable
         sys.stdout.reconfigure(errors='backslashreplace')
-    stop = StopSignal()
-    keep_freed_memory()
+    stop = checkpoint.StopSignal()
+    device.keep_freed_memory()
     try:
         with tempfile.TemporaryDirectory() if args.dry_run else nullcontext('') as home:
             stop.temporary = home if args.dry_run else None

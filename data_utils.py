@@ -15,9 +15,8 @@ import random
 import sys
 import unicodedata
 import warnings
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -261,8 +260,8 @@ def load_photos(folder, device, stream=False):
     share = range(distributed.rank, len(folder), distributed.world_size)
     with one_torch_thread(), ThreadPoolExecutor(max(1, folder.num_workers)) as pool:
         items = tqdm(pool.map(partial(folder.try_item, refuse_gray=True), share),
-                     'reading photos', len(share), leave=False, unit=' photos',
-                     disable=None if distributed.rank == 0 else True)
+                     'reading photos', len(share), leave=False, unit='photo',
+                     disable=distributed.no_bar)
         for index, (photo, reason) in zip(share, items, strict=True):
             if reason:
                 folder.skipped[index] = reason
@@ -312,31 +311,23 @@ def is_held_out(name, fraction):
     return int.from_bytes(hashlib.sha256(name).digest()[:8], 'big') < fraction * 2 ** 64
 
 
-def split(names, fraction):
-    """Return the indices of the training photos, and of the validation photos.
+def split(folder, fraction):
+    """Return the indices of a PhotoFolder's training photos, and of its validation photos.
 
-    Raises UsageError if either side is left without a photo (validation: unless `fraction` is 0).
+    Raises UsageError if either side is left without a photo (validation: unless `fraction` is 0),
+    or if the ranks see different photos.
     """
+    if distributed.broadcast(folder.names) != folder.names:
+        raise UsageError(f'{folder.root} holds other photos here than where rank 0 runs; copy the '
+                         'same to every machine')
     training, validation = [], []
-    for index, name in enumerate(names):
+    for index, name in enumerate(folder.names):
         (validation if is_held_out(name, fraction) else training).append(index)
     if not training or fraction and not validation:
         raise UsageError(f'--val_fraction {fraction:g} holds out {len(validation)} of the '
-                         f'{len(names)} photos; give another fraction, more photos, or 0 to train '
+                         f'{len(folder)} photos; give another fraction, more photos, or 0 to train '
                          'on all')
     return training, validation
-
-
-def open_photos(root, size, num_workers, val_fraction):
-    """Return the PhotoFolder, and the indices of its training and of its validation photos.
-
-    Raises UsageError if there are none, or if the ranks see different ones.
-    """
-    folder = PhotoFolder(root, size, num_workers)
-    if distributed.broadcast(folder.names) != folder.names:
-        raise UsageError(f'{root} holds other photos here than where rank 0 runs; copy the same to '
-                         'every machine')
-    return folder, *split(folder.names, val_fraction)
 
 
 class PhotoLoader:
@@ -391,37 +382,29 @@ def gray_and_color(photos):
     return luminance(y) * 2 - 1, y
 
 
-@dataclass
 class Data:
-    """The batches of a run, and up to 16 photos (x, y) to look at, held-out ones if possible."""
-    train_loader: PhotoLoader
-    val_loader: PhotoLoader | None
-    samples: tuple
-    sample_paths: list
-    sample_names: list
+    """The batches of a run, and up to 16 photos to look at, held-out ones if possible.
 
-    @classmethod
-    def load(cls, folder, indices, batch_size, device, seed, stream=False):
-        """Load the photos at `indices`, a pair: of training, of validation.
+    `photos` is what load_photos returned for the `folder`; `indices` are a pair, of training and of
+    validation photos. Raises UsageError if all of one kind are skipped.
+    """
 
-        Raises UsageError if all photos of one kind are skipped.
-        """
-        photos = load_photos(folder, device, stream)
+    def __init__(self, photos, indices, folder, batch_size, device, seed):
         training, validation = map(folder.usable, indices)
-        for kind, given, usable in zip(('training', 'validation'), indices,
-                                       (training, validation), strict=True):
+        for kind, given, usable in zip(('training', 'validation'), indices, (training, validation),
+                                       strict=True):
             if given and not usable:
-                reasons = Counter(folder.skipped[index] for index in given).most_common(1)
-                raise UsageError(f'none of the {len(given)} {kind} photos in {folder.root} can be '
-                                 f'used: they are {reasons[0][0]}' if reasons[0][0] == 'gray' else
-                                 f'none of the {kind} photos could be read: {reasons[0][0]}')
+                raise UsageError(f'no {kind} photo in {folder.root} can be used; the first: '
+                                 f'{folder.skipped[given[0]]}')
+        self.train_loader = PhotoLoader(photos, training, batch_size, device, seed)
+        self.val_loader = None
+        if validation:
+            self.val_loader = PhotoLoader(photos, validation, batch_size, device)
         shown = validation or training
         number = min(16, len(shown))
         shown = [shown[place * len(shown) // number] for place in range(number)]
-        samples = PhotoLoader(photos, shown, number, device)
-        samples.rank, samples.world_size = 0, 1
-        return cls(PhotoLoader(photos, training, batch_size, device, seed),
-                   PhotoLoader(photos, validation, batch_size, device) if validation else None,
-                   next(iter(samples)),
-                   [folder.samples[index][0] for index in shown],
-                   [os.path.dirname(folder.names[index]) or '.' for index in shown])
+        loader = PhotoLoader(photos, shown, number, device)
+        loader.rank, loader.world_size = 0, 1
+        self.samples = next(iter(loader))  # (x, y)
+        self.sample_paths = [folder.samples[index][0] for index in shown]
+        self.sample_names = [os.path.dirname(folder.names[index]) or '.' for index in shown]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import UsageError
-from utils.distributed import print0
+from utils.distributed import print0, rank
 
 try:
     import fcntl
@@ -202,6 +202,20 @@ class Progress:
     best_epoch: int = 0       # the epoch that had it, whose weights are saved
     best_gain: float = 0.0    # dB over the gray copy in that epoch
 
+    def update_best(self, objective, gain):
+        """Note the running epoch as the best if its objective is the lowest; tell whether it is.
+
+        `objective` is None if nothing is held out: then every epoch is the best so far.
+        """
+        if objective is not None:
+            if not math.isfinite(objective):
+                raise FloatingPointError(f'the validation loss is {objective} {self.place()}')
+            if objective >= self.best:
+                return False
+            self.best = objective
+        self.best_epoch, self.best_gain = self.epoch + 1, gain
+        return True
+
     def place(self, step=None):
         """Return in words where the run is, or was at the given step of the running epoch."""
         return f'at step {step or self.step} of epoch {self.epoch + 1}'
@@ -241,6 +255,16 @@ class State:
         if checkpoint['scaler'] and self.scaler.is_enabled():  # empty unless in float16
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.progress = Progress(**checkpoint['progress'])
+        if rank:  # the sums over all ranks are rank 0's to carry on
+            self.progress.loss_sum, self.progress.photos = 0.0, 0
+
+
+def describe_kept(progress):
+    """Return what is left of a run whose numbers are no longer finite, and what to do."""
+    remedy = 'a smaller --lr or --precision fp32'
+    if progress.epoch:
+        return f'the last good checkpoint is kept: --resume with {remedy}'
+    return f'begin again with {remedy}'
 
 
 def load_checkpoint(path, net):

@@ -11,15 +11,30 @@ class UsageError(Exception):
     """A request that cannot be met. The message is one line that names the value and the remedy."""
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Show the program's docstring as help, and refuse wrong arguments in one line."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Show the description as it is written, and defaults unless they are False."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **kwargs)
+    def _get_help_string(self, action):
+        return action.help if action.default is False else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Show a program's docstring as its help, and refuse wrong arguments in one line."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, None, description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f'{self.prog}: {message}\n')
+
+    def add_flag(self, name, help):
+        """Add a flag that is off unless it is given."""
+        self.add_argument(name, action='store_true', help=help)
+
+    def add_device(self):
+        """Add --device, the same in every program."""
+        self.add_argument('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto',
+                          help='where the network runs')
 
 
 # ---------------------------------------------------------------------------- types of numbers
@@ -43,7 +58,7 @@ nonnegative_int = number(int, lambda n: 0 <= n < LARGEST, 'a whole number, 0 or 
 multiple_of_8 = number(int, lambda n: 0 < n < LARGEST and n % 8 == 0, 'a multiple of 8')
 positive_float = number(float, lambda x: 0 < x < math.inf, 'a number above 0')
 nonnegative_float = number(float, lambda x: 0 <= x < math.inf, 'a number, 0 or above')
-fraction = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
+fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 
 
 # ---------------------------------------------------------------------------- errors

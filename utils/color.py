@@ -3,6 +3,7 @@ import math
 
 import torch
 
+GAIN, VIVIDNESS = 'Gain over the gray copy (dB)', "vividness (% of the truth's colorfulness)"
 GRAY = 4.0  # a colorfulness below this is a tint: muted colors, as of mist and snow, begin above
 
 
@@ -99,6 +100,6 @@ def to_metrics(means):
     return {'validation loss': means['validation loss'], 'dullness': means['dullness'],
             'PSNR of prediction': of['prediction'], 'PSNR of colorized': of['colorized'],
             'PSNR of gray copy': of['gray copy'],
-            'Gain over the gray copy (dB)': of['colorized'] - of['gray copy'],
-            "vividness (% of the truth's colorfulness)":
+            GAIN: of['colorized'] - of['gray copy'],
+            VIVIDNESS:
                 100 * means['colorfulness'] / means['colorfulness of truth']}

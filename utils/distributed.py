@@ -13,6 +13,7 @@ rank = int(os.environ.get('RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))              # among those of this machine
 local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+no_bar = None if rank == 0 else True  # tqdm's `disable`: None shows bars on a terminal only
 
 
 def init(device):

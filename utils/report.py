@@ -3,6 +3,7 @@ import contextlib
 import shlex
 import sys
 
+from utils.device import describe_device
 from utils.distributed import print0
 
 HEADER = ('         training  validation     PSNR in dB        gain over  vividness,\n'
@@ -22,11 +23,21 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
-def print_skipped(skipped, names, path):
-    """Print which photos are left out, and why; write the whole list to the file `path`.
+def print_start(device, precision, indices, run_folder):
+    """Print the machine, the numbers of photos, and the folder of the run."""
+    training, validation = map(len, indices)
+    print0(f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
+           f'{validation} held out; logging in {run_folder and run_folder.path}')
 
-    `skipped` has a reason by index. Gray photos, of which there can be hundreds, may share a line.
+
+def print_skipped(folder, run_folder):
+    """Print which photos of a PhotoFolder are left out, and why; on rank 0, list them in a file.
+
+    Gray photos, of which there can be hundreds, may share a line.
     """
+    if not run_folder:
+        return
+    skipped, names, path = folder.skipped, folder.names, run_folder.path / 'skipped.txt'
     lines = {index: f'{names[index]!r}: {skipped[index]}' for index in sorted(skipped)}
     gray = [index for index in lines if skipped[index] == 'gray']
     for index, line in lines.items():

@@ -13,12 +13,11 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from utils.color import merge_luminance
+from utils.color import GAIN, VIVIDNESS, merge_luminance
 from utils.distributed import print0
 
 # TensorBoard opens the tags that sort first: the grid 'Colorized', and the first of these curves
-CURVES = ('Gain over the gray copy (dB)', 'learning rate', 'photos per second', 'training loss',
-          'validation loss', "vividness (% of the truth's colorfulness)")
+CURVES = (GAIN, 'learning rate', 'photos per second', 'training loss', 'validation loss', VIVIDNESS)
 METRICS = CURVES[0], *CURVES[3:]  # that the settings led to
 LEAST_SIDE = 128  # pixels of a photo in a grid: smaller ones are enlarged
 
@@ -45,8 +44,10 @@ class Page:
             self.writer = SummaryWriter(folder, purge_step=first_epoch)
         self.fixed = {}  # grids that never change, encoded
 
-    def log_start(self, net, settings):
-        """Log the graph of `net`, and the settings as hyperparameters."""
+    def log_start(self, net, settings, is_new):
+        """Log the graph of `net`, and the settings as hyperparameters, if the run is new."""
+        if not is_new or not self.writer:
+            return
         with harmless(), warnings.catch_warnings():
             # tracing warns of itself, and of the network's check of its input's size
             warnings.simplefilter('ignore')
@@ -60,6 +61,8 @@ class Page:
     @torch.no_grad()
     def log_epoch(self, net, precision, metrics, epoch):
         """Log the metrics, and grids of the sample photos; flush, so that the page is live."""
+        if not self.writer:
+            return
         with harmless():
             for tag in CURVES:
                 if tag in metrics:
@@ -81,6 +84,8 @@ class Page:
 
     def log_features(self, net, names, epoch):
         """Show the sample photos in the tab Projector, placed by the network's features."""
+        if not self.writer:
+            return
         with harmless(), torch.no_grad():
             features = net.get_features(self.x).float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
@@ -88,8 +93,9 @@ class Page:
                                       global_step=epoch, tag='features')
 
     def close(self):
-        with harmless():
-            self.writer.close()
+        if self.writer:
+            with harmless():
+                self.writer.close()
 
 
 def silence_writer_thread():
