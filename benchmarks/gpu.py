@@ -18,6 +18,7 @@ import time
 from functools import wraps
 from pathlib import Path
 
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's own messages: none
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 

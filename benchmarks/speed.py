@@ -78,7 +78,8 @@ def json_of(*command, **kwargs):
     try:
         result = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        raise MeasurementFailed(f'failed: exit code {done.returncode}') from None
+        raise MeasurementFailed(f'{Path(command[0]).name} failed: exit code '
+                                f'{done.returncode}') from None
     if 'error' in result:
         raise MeasurementFailed(result['error'])
     return result
@@ -423,6 +424,8 @@ def main():
           f'python {" ".join(sys.argv)}', flush=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            if args.part != 'network':
+                list_photos(args.data_path)  # raises UsageError if there are none
             if args.photos:
                 cut(args.data_path, args.photos, folder)
                 args.data_path = folder

@@ -270,7 +270,12 @@ def test_a_python_that_torch_compile_does_not_know(monkeypatch):
         check_compiler(CPU)
 
 
-def test_the_program_refuses_to_compile_before_it_starts(program, compiler, tmp_path, capsys):
+def test_the_program_refuses_to_compile_before_it_starts(
+        program, compiler, monkeypatch, tmp_path, capsys):
+    def too_late(*_, **__):
+        raise AssertionError('the run has started')
+
+    monkeypatch.setattr(UNet, 'compile', too_late)
     compiler(1)
     assert program('--compile') == 2
     lines = capsys.readouterr().err.splitlines()

@@ -1,0 +1,222 @@
+"""Every part of the benchmarks on the smallest input: their numbers mean nothing here."""
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from data_utils import list_photos
+from unet import UNet
+from utils.color import psnr
+
+BENCHMARKS = ROOT / 'benchmarks'
+
+
+def load(name):
+    """Return a script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(drawings):
+    """The flags of a benchmark on eight drawings."""
+    return ['--data_path', drawings / 'lake', '--image_size', 16, '--batch_size', 4]
+
+
+# ---------------------------------------------------------------------------- speed.py
+
+@pytest.mark.parametrize('part, flags, rows', [
+    ('training', [], [r'reference \| [\d.]+', r'this project \| [\d.]+',
+                      r'ratio of the medians \| [\d.]+×']),
+    ('quality', ['--epochs', 1], [r'reference \| \d+ \| 1 epochs',
+                                  r'this project \| \d+ \| \d+ epochs \| [\d.]+ dB',
+                                  r'ratio \| (1/[\d.]+|not reached)']),
+    ('decoding', ['--limit', 2], [r'reference pipeline \| [\d.]+', r'this project \| [\d.]+',
+                                  r'ratio \| [\d.]+×'] * 2),
+    ('start', [], [r'imports \| [\d.]+', r'reading \| [\d.]+', r'first step \| [\d.]+',
+                   r'together \| [\d.]+', r'peak \| \d+ MB host, 0 MB device']),
+    ('processes', [], [r'one process \| [\d.]+', r'two processes \| [\d.]+',
+                       r'ratio of the medians \| [\d.]+×']),
+])
+def test_each_part_of_speed(run, tiny, drawings, part, flags, rows):
+    done = run('benchmarks/speed.py', part, *tiny, '--repeat', 1, '--val_path', drawings / 'lake',
+               *flags)
+    shown = [line for line in done.stdout.splitlines() if line.startswith('| ')]
+    assert shown.pop(0).strip('| ') == ''
+    for row in rows:
+        found = next((line for line in shown if re.match(rf'\| {row} ', line)), None)
+        assert found, (row, shown)
+        shown.remove(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the sizes are those of a host')
+def test_a_row_that_fails_does_not_take_the_others_with_it(run):
+    """More photos than an address space has room for."""
+    done = run('benchmarks/speed.py', 'network', '--image_size', 128, '--precision', 'fp32',
+               '--batch_sizes', 2 ** 31 - 1, 2, '--upsample', 'matmul')
+    large, small = done.stdout.splitlines()[-2:]
+    assert large == ('| eager, batch 2147483647 | out of memory with --batch_size 2147483647: '
+                     'try --batch_size 1073741823 or less |  |  |')
+    assert re.fullmatch(r'\| eager, batch 2 \| [\d.]+ photos/s \| \d+% \| \d+ MB host, 0 MB '
+                        r'device \|', small)
+
+
+def test_a_measurement_that_is_killed_is_a_row_too(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    speed = load('speed')
+    with pytest.raises(speed.MeasurementFailed, match='-c failed: exit code -9'):
+        speed.json_of('-c', 'import os; os.kill(os.getpid(), 9)')
+    assert speed.json_of('-c', 'print("words"); print({})') == {}
+
+
+@pytest.mark.parametrize('flags, line', [
+    (['training', '--data_path', 'nowhere'], 'no such folder: nowhere'),
+    (['quality', '--data_path', '.'], 'no photos in .'),
+    (['fly'], "argument part: invalid choice: 'fly'"),
+    (['network', '--image_size', '30'], 'argument --image_size: 30 is not a multiple of 8'),
+])
+def test_a_wrong_request_to_speed(run, flags, line):
+    assert f'speed.py: {line}' in run('benchmarks/speed.py', *flags, code=2).stderr.replace(
+        'speed.py: error: ', 'speed.py: ')
+
+
+def test_quality_needs_photos_to_measure_on(run, tiny):
+    done = run('benchmarks/speed.py', 'quality', *tiny, code=2)
+    assert done.stderr == ('speed.py: quality needs --val_path, a folder of photos to measure the '
+                           'PSNR on\n')
+
+
+@pytest.mark.parametrize('script', ['speed.py', 'gpu.py'])
+def test_without_arguments_a_benchmark_says_what_it_takes(run, script):
+    done = run(f'benchmarks/{script}')
+    assert f'python benchmarks/{script} ' in done.stdout and '--data_path' in done.stdout
+    assert run(f'benchmarks/{script}', '--help').stdout == done.stdout
+
+
+# ---------------------------------------------------------------------------- reference.py
+
+def test_the_reference_reports_its_epochs(run, tiny, drawings):
+    done = run('benchmarks/reference.py', *tiny, '--epochs', 2, '--limit', 5, '--num_workers', 0,
+               '--val_path', drawings / 'lake')
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report['photos'] == 5 and len(report['epochs']) == 2
+    for epoch in report['epochs']:
+        assert epoch['seconds'] > 0 and 0 < epoch['loss'] < 1
+    assert 0 < report['val_psnr'] < 40
+
+
+def test_the_reference_needs_photos(run):
+    done = run('benchmarks/reference.py', code=2)
+    assert 'no photos in data/landscapes; name some with --data_path' in done.stderr
+
+
+def test_the_reference_is_the_same_network_and_the_same_measure(drawings):
+    reference = load('reference')
+    theirs, ours = reference.UNet(), UNet()
+    ours.load_state_dict(theirs.state_dict())
+    photos = reference.GrayColorPhotos(drawings / 'lake', 16)
+    assert len(photos) == 8
+    x, y = torch.utils.data.default_collate([photos[index] for index in range(8)])
+    assert x.shape == (8, 1, 16, 16) and y.shape == (8, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(theirs(x), ours(x), atol=1e-6)
+        expected = psnr(ours(x).clamp(0, 1), y).mean().item()
+    loader = torch.utils.data.DataLoader(photos, 3)
+    assert reference.mean_psnr(theirs, loader, 'cpu') == pytest.approx(expected, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------- upsampling.py
+
+@pytest.mark.parametrize('size', [1, 2, 7])
+def test_upsampling_by_matrix_products_is_the_same(size):
+    torch.manual_seed(0)
+    x = torch.rand(2, 5, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for module in (nn.Upsample(scale_factor=2, mode='bilinear'),
+                   load('upsampling').MatmulUpsample(size)):
+        y = module(x)
+        gradient, = torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view_as(y))
+        results.append((y, gradient))
+    for value, other in zip(*results, strict=True):
+        assert torch.allclose(value, other, atol=1e-5)
+    assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_network_with_matrix_products_is_the_same():
+    net, x = UNet(), torch.rand(2, 1, 16, 16)
+    names = list(net.state_dict())
+    with torch.no_grad():
+        expected = net(x)
+        assert torch.allclose(load('upsampling').use_matmul(net, 16)(x), expected, atol=1e-6)
+    assert list(net.state_dict()) == names
+
+
+# ---------------------------------------------------------------------------- gpu.py, gpu.sh
+
+@pytest.mark.parametrize('part, rows', [
+    ('device', [r'\| torch \| ' + re.escape(torch.__version__)]),
+    ('upsampling', [rf'\| torch\.{name} \| {channels} × {size}²' for name in
+                    ('float32', 'bfloat16', 'float16')
+                    for channels, size in ((256, 2), (128, 4), (64, 8))]),
+    ('profile', ['a step takes', r'.*aten::']),
+    ('epoch', [rf'\| {name} \| [\d.]+ \|' for name in
+               ('train_epoch', 'evaluate', 'save_weights', 'log_epoch', 'save')]),
+    ('empty', [rf'\| {name} \| loss 0, the weights as before' for name in
+               ('fp32', 'bf16', 'fp16')]),
+])
+def test_each_part_of_gpu(run, tiny, drawings, part, rows):
+    lines = run('benchmarks/gpu.py', part, *tiny, '--data_path', drawings).stdout.splitlines()
+    for row in rows:
+        assert any(re.match(row, line) for line in lines), (row, lines)
+
+
+def test_photos_are_split_by_links(run, drawings, tmp_path):
+    run('benchmarks/gpu.py', 'split', '--data_path', drawings, '--output', tmp_path / 'data')
+    training, held_out = (list_photos(tmp_path / 'data' / name) for name in ('train', 'val'))
+    assert (len(training), len(held_out)) == (50, 6)
+    assert sorted(training + held_out) == list_photos(drawings)
+
+
+@pytest.fixture
+def gpu_sh(tmp_path):
+    """gpu_sh(flags...): benchmarks/gpu.sh with a `python` that can only split."""
+    python = tmp_path / 'bin/python'
+    python.parent.mkdir()
+    python.write_text(f'''#!/bin/sh
+        case "$2" in
+            split) exec '{sys.executable}' "$@" ;;
+            profile) echo 'no luck' >&2; exit 3 ;;
+            *) echo '| ran |' ;;
+        esac''')
+    python.chmod(0o755)
+    return lambda *words: subprocess.run(
+        [BENCHMARKS / 'gpu.sh', *map(str, words)], capture_output=True, text=True, timeout=100,
+        env={**os.environ, 'PATH': f'{python.parent}:{os.environ["PATH"]}'})
+
+
+def test_a_part_that_fails_does_not_take_the_others_with_it(gpu_sh, drawings):
+    done = gpu_sh(drawings, '--small')
+    titles = re.findall('^## (.*)', done.stdout, re.MULTILINE)
+    assert titles[0] == 'The tests that need a GPU' and titles[-1] == 'goes on in bfloat16'
+    assert done.stdout.count('**failed with exit code 3') == done.stdout.count('no luck') == 3
+    assert done.stdout.count('| ran |') == len(titles) - 3 + 1  # and the device
+    assert re.search(r'All of it took \d+ s; 3 parts failed\.$', done.stdout.rstrip())
+    assert done.returncode == 1
+    assert [line.removesuffix(' ...') for line in done.stderr.splitlines()] == titles
+
+
+def test_the_command_says_what_it_takes(gpu_sh):
+    for flags, code, error in (([], 2, ''), (['--help'], 0, ''),
+                               (['nowhere'], 2, 'no such folder: nowhere\n')):
+        done = gpu_sh(*flags)
+        assert (done.returncode, done.stderr) == (code, error)
+        assert 'benchmarks/gpu.sh PHOTOS > report.md' in done.stdout
