@@ -102,9 +102,14 @@ def predict_chroma(net, gray, size=None):
     return torch.stack([blue / 1.772, red / 1.402]).cpu()
 
 
+def default_size(net):
+    """Return the size of the network's training, as load_weights set it, else DEFAULT_SIZE."""
+    return getattr(net, 'image_size', None) or DEFAULT_SIZE
+
+
 def seen_size(net, photo_size, size=None):
     """Return the (width, height) at which the network sees a photo: multiples of 8."""
-    size = size or getattr(net, 'image_size', None) or DEFAULT_SIZE
+    size = size or default_size(net)
     scale = min(size / min(photo_size), 4 * size / max(photo_size))
     return [max(8, 8 * round(side * scale / 8)) for side in photo_size]
 
@@ -128,7 +133,7 @@ def colorize_anyway(net, photo, size, saturation):
         torch.cuda.empty_cache()
     on_cpu = UNet()
     on_cpu.load_state_dict(net.state_dict())
-    return colorize(on_cpu, photo, size or getattr(net, 'image_size', None), saturation)
+    return colorize(on_cpu, photo, size or default_size(net), saturation)
 
 
 # ---------------------------------------------------------------------------- one file
@@ -144,13 +149,13 @@ def read_exif(photo):
         return b''
 
 
-def draw_result(photo, format, net, size, saturation, compare):
-    """Return the colorized photo, RGB or RGBA; with `compare`, side by side with what it was."""
-    alpha = None
-    if format not in OPAQUE and photo.has_transparency_data and photo.mode[0] not in 'IF':
-        photo = photo.convert('RGBA')
-        alpha, photo = photo.getchannel('A'), photo.convert('RGB')
-    parts = [colorize_anyway(net, photo, size, saturation)]
+def draw_result(photo, format, colorize, compare=False):
+    """Return the photo as `colorize` (RGB → RGB) makes it, with the transparency that it has.
+
+    With `compare`, gray, colorized and original (if that has color) are side by side.
+    """
+    photo, alpha = split_alpha(photo, format)
+    parts = [colorize(photo)]
     if compare:
         original = to_rgb(photo)
         gray = original.convert('L').convert('RGB')
@@ -159,6 +164,14 @@ def draw_result(photo, format, net, size, saturation, compare):
         for part in parts:
             part.putalpha(alpha)
     return parts[0] if len(parts) == 1 else side_by_side(parts)
+
+
+def split_alpha(photo, format):
+    """Return the photo and its transparency, or None if it has none, or `format` holds none."""
+    if format in OPAQUE or not photo.has_transparency_data or photo.mode[0] in 'IF':
+        return photo, None
+    photo = photo.convert('RGBA')
+    return photo.convert('RGB'), photo.getchannel('A')
 
 
 def has_color(photo):
@@ -320,8 +333,8 @@ def run(args):
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
     function = partial(
         run_job, results=results, memory=Memory(free_memory(torch.device('cpu'))),
-        draw=partial(draw_result, net=net, size=args.size, saturation=args.saturation,
-                     compare=args.compare),
+        draw=partial(draw_result, compare=args.compare, colorize=partial(
+            colorize_anyway, net, size=args.size, saturation=args.saturation)),
         estimate=partial(estimate_memory, net=net, size=args.size))
     start = time.perf_counter()
     try:
