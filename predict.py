@@ -1,35 +1,49 @@
 """Colorizes photos with trained weights, at full resolution.
 
     python predict.py old_photo.jpg                       # → colorized/old_photo.jpg
+    python predict.py old_photo.jpg --output color.png    # → color.png
     python predict.py album/ --output album_colorized     # a folder, with the folders in it
     python predict.py album/ --saturation 1.3 --compare   # livelier colors, beside the gray
 """
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import contextlib
-import hashlib
 import io
 import os
 import sys
 import time
 import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from tqdm import tqdm
 
-from data_utils import list_photos, to_rgb
+from data_utils import BYTES_PER_PIXEL, list_photos, open_photo, to_rgb, turn_upright
 from unet import UNet
 from utils import cli
 from utils.checkpoint import load_weights
 from utils.cli import UsageError
 from utils.color import luminance, merge_luminance
-from utils.device import choose_device
+from utils.device import Precision, available_cpus, choose_device, free_memory
+from utils.parallel import Memory, Stopped, run_in_threads, stop_signals
+from utils.results import Results
 
+# what the network sees where the weights do not tell the size of their training: the course's
+DEFAULT_SIZE = 224
 # a little less quality costs more than a gray level; libtiff, which compresses, fails at much EXIF
 FORMATS = dict(AVIF=dict(quality=95), BMP={}, JPEG=dict(quality=98), JPEG2000={}, PNG={}, PPM={},
                TIFF=dict(compression='raw'), WEBP=dict(quality=100))  # all others become PNG
+NETWORK_BYTES = 1100  # of memory for each pixel that the network sees
 OPAQUE = 'BMP', 'JPEG', 'PPM'
+# where frames are an animation or pages: elsewhere they are previews, layers or sizes
+FRAMED = 'AVIF', 'GIF', 'PNG', 'TIFF', 'WEBP'
 # not about the photo but about the pixels as they were stored (nearly all in TIFF), or a copy of
 # them; the same for the thumbnail, which Pillow leaves out by itself
 STORAGE_TAGS = {*range(254, 269), *range(273, 282), 284, *range(288, 294), 301, *range(317, 348),
@@ -45,117 +59,231 @@ def parse_args(argv):
         'folder of its own name)')
     add('--weights', default='unet.pth', help='what colorize.py saved [%(default)s]')
     add('--output', type=Path, default='colorized', help='the folder for the results, which have '
-        'the names of the photos [%(default)s]')
-    add('--size', type=cli.multiple_of_8, default=224,
-        help='the shorter side of what the network sees, in pixels [%(default)s]')
-    add('--saturation', type=cli.nonnegative_float,
-        default=1.0, help='times the predicted color: 0 is gray [%(default)s]')
-    add('--compare', action='store_true', help='results show gray and color side by side')
+        'the names of the photos; or, for one photo, the name of the result [%(default)s]')
+    add('--size', type=cli.multiple_of_8, help='the shorter side of what the network sees, in '
+        f'pixels [that of the training, or {DEFAULT_SIZE} where the weights do not tell]')
+    add('--saturation', type=cli.nonnegative_float, default=1.0,
+        help='times the predicted color: 0 is gray, 1 to 1.5 is sensible, above 2 is garish '
+        '[%(default)s]')
+    add('--compare', action='store_true', help='results show side by side the gray photo, the '
+        'colorized one, and the original if that has color')
+    add('--num_workers', type=cli.nonnegative_int, default=available_cpus(),
+        help='threads, each with a photo of its own [%(default)s here]')
     add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
     return parser.parse_intermixed_args(argv)
 
 
 # ---------------------------------------------------------------------------- one photo
 
-@torch.inference_mode()
-def colorize(net, photo, size=224, saturation=1.0):
-    """A PIL image of any mode and size → RGB of the same size and luminance, on any device.
+def colorize(net, photo, size=None, saturation=1.0):
+    """Colorize a PIL image of any mode: return RGB of the same size and luminance.
 
-    The network sees a reduced gray copy, its shorter side about `size`, its longer at most
-    4 * `size`. What it predicts is the color; times `saturation`, that is laid over the photo.
+    `size` is the shorter side of what the network sees, in pixels: by default that of its training
+    (`net.image_size`, from load_weights), else DEFAULT_SIZE. `saturation` multiplies the color.
     """
     gray = to_rgb(photo).convert('L')
-    scale = min(size / min(gray.size), 4 * size / max(gray.size))
-    small = gray.resize([max(8, 8 * round(side * scale / 8)) for side in gray.size],
-                        Image.Resampling.BILINEAR)
-    x = pil_to_tensor(small)[None].to(next(net.parameters()).device) / 127.5 - 1
-    color = merge_luminance(net(x).float(), (x + 1) / 2)
-    red, _, blue = (color - luminance(color))[0] * saturation
-    chroma = torch.stack([blue / 1.772, red / 1.402])  # JFIF's Cb and Cr, as in Pillow's YCbCr
-    chroma = (128 + 255 * chroma).round().clamp(0, 255).byte().cpu()
+    return apply_chroma(gray, predict_chroma(net, gray, size), saturation)
+
+
+@torch.inference_mode()
+def predict_chroma(net, gray, size=None):
+    """Return the chroma that the network gives a gray PIL image: float (2, H, W) on the CPU.
+
+    It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]. The network sees a reduced copy,
+    H×W, its shorter side about `size`, its longer at most 4 * `size`.
+    """
+    x = pil_to_tensor(gray.resize(seen_size(net, gray.size, size), Image.Resampling.BILINEAR))
+    device = next(net.parameters()).device
+    x = x[None].to(device) / 127.5 - 1
+    with Precision('auto', device).autocast:
+        y = net(x)
+    color = merge_luminance(y.float(), (x + 1) / 2)
+    red, _, blue = (color - luminance(color))[0]
+    return torch.stack([blue / 1.772, red / 1.402]).cpu()
+
+
+def default_size(net):
+    """Return the size of the network's training, as load_weights set it, else DEFAULT_SIZE."""
+    return getattr(net, 'image_size', None) or DEFAULT_SIZE
+
+
+def seen_size(net, photo_size, size=None):
+    """Return the (width, height) at which the network sees a photo: multiples of 8."""
+    size = size or default_size(net)
+    scale = min(size / min(photo_size), 4 * size / max(photo_size))
+    return [max(8, 8 * round(side * scale / 8)) for side in photo_size]
+
+
+def apply_chroma(gray, chroma, saturation=1.0):
+    """Lay what predict_chroma returned, times `saturation`, over the gray PIL image: RGB."""
+    chroma = (128 + 255 * saturation * chroma).round().clamp(0, 255).byte()
     cb, cr = (to_pil_image(c).resize(gray.size, Image.Resampling.BILINEAR) for c in chroma)
     return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
 
 
-def open_photo(path):
-    """The photo at `path`, upright, and its EXIF as bytes (empty where there is none).
+def colorize_anyway(net, photo, size, saturation):
+    """As colorize, on the CPU where the device has not the memory for it."""
+    try:
+        return colorize(net, photo, size, saturation)
+    except RuntimeError as error:  # each kind of device has its own
+        device = next(net.parameters()).device
+        if device.type == 'cpu' or 'out of memory' not in str(error):
+            raise
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+    on_cpu = UNet()
+    on_cpu.load_state_dict(net.state_dict())
+    return colorize(on_cpu, photo, size or default_size(net), saturation)
 
-    Raises nearly anything on a damaged file.
+
+# ---------------------------------------------------------------------------- one file
+
+def read_exif(photo):
+    """Return the EXIF of an upright photo that still applies to its result, as bytes."""
+    try:
+        exif = photo.getexif()
+        for tag in STORAGE_TAGS.intersection(exif):
+            del exif[tag]
+        return exif.tobytes() if len(exif) else b''
+    except Exception:  # a damaged EXIF costs the EXIF, not the photo
+        return b''
+
+
+def draw_result(photo, format, colorize, compare=False):
+    """Return the photo as `colorize` (RGB → RGB) makes it, with the transparency that it has.
+
+    With `compare`, gray, colorized and original (if that has color) are side by side.
     """
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise OSError('no such file')
-    with Image.open(path) as photo:
-        photo.load()
-        try:
-            ImageOps.exif_transpose(photo, in_place=True)
-            exif = photo.getexif()
-            for tag in STORAGE_TAGS.intersection(exif):
-                del exif[tag]
-            return photo, exif.tobytes() if len(exif) else b''
-        except Exception:  # a damaged EXIF costs the EXIF, not the photo
-            return photo, b''
-
-
-def draw_result(photo, format, net, args):
-    """The colorized photo, with --compare to the right of the gray one; RGB or RGBA."""
-    alpha = None
-    if format not in OPAQUE and photo.has_transparency_data and photo.mode[0] not in 'IF':
-        photo = photo.convert('RGBA')
-        alpha, photo = photo.getchannel('A'), photo.convert('RGB')
-    parts = [colorize(net, photo, args.size, args.saturation)]
-    if args.compare:
-        parts.insert(0, to_rgb(photo).convert('L').convert('RGB'))
-    result = Image.new('RGBA' if alpha else 'RGB', (len(parts) * photo.width, photo.height))
-    for place, part in enumerate(parts):
-        if alpha:
+    photo, alpha = split_alpha(photo, format)
+    parts = [colorize(photo)]
+    if compare:
+        original = to_rgb(photo)
+        gray = original.convert('L').convert('RGB')
+        parts = [gray, *parts, *[original] * has_color(original)]
+    if alpha:
+        for part in parts:
             part.putalpha(alpha)
-        result.paste(part, (place * photo.width, 0))
-    return result
+    return parts[0] if len(parts) == 1 else side_by_side(parts)
+
+
+def split_alpha(photo, format):
+    """Return the photo and its transparency, or None if it has none, or `format` holds none."""
+    if format in OPAQUE or not photo.has_transparency_data or photo.mode[0] in 'IF':
+        return photo, None
+    photo = photo.convert('RGBA')
+    return photo.convert('RGB'), photo.getchannel('A')
+
+
+def has_color(photo):
+    """Tell whether an RGB image has more color than JPEG gives to a gray one."""
+    small = photo.resize((64, 64), Image.Resampling.BOX)
+    difference = ImageChops.difference(small, small.convert('L').convert('RGB'))
+    return max(high for _, high in difference.getextrema()) > 8
+
+
+def side_by_side(parts):
+    """Return PIL images of one size and mode in a row, with white gaps."""
+    width, height = parts[0].size
+    gap = max(2, width // 50)
+    row = Image.new(parts[0].mode, (len(parts) * (width + gap) - gap, height), 'white')
+    for place, part in enumerate(parts):
+        row.paste(part, (place * (width + gap), 0))
+    return row
 
 
 def encode(result, photo, format, exif):
-    """The result as the content of a file, with what of the photo still applies to it."""
+    """Return the content of a file of the result, with what of the photo still applies to it."""
     options, profile = dict(FORMATS[format]), photo.info.get('icc_profile')
     if exif:
         options['exif'] = exif
     if profile and profile[16:20] == b'RGB ':
         options['icc_profile'] = profile
-    content = io.BytesIO()
+    result.info, content = {}, io.BytesIO()  # Image.merge keeps the photo's, where not all applies
     result.save(content, format, **options)
     return content.getbuffer()
 
 
-def colorize_file(path, target, results, net, args):
-    """Colorizes the photo at `path` into the file `target`.
+@dataclass
+class Job:
+    """A photo to colorize, and what became of it."""
+    path: str
+    target: Path = None     # the result
+    format: str = None      # of the result; None for that of the photo
+    is_done: bool = False
+    note: str = ''          # what is to be said of it, in a line
 
-    Raises nearly anything on a damaged photo, OSError where the result cannot be written.
+
+def run_job(job, draw, estimate, results, memory):
+    """Colorize a file, and note in the job what became of it.
+
+    `draw(photo, format)` returns the result, `estimate(photo)` the bytes of memory that takes.
     """
-    photo, exif = open_photo(path)
+    try:
+        with open_photo(job.path) as photo:
+            size, frames = estimate(photo), count_frames(photo)
+        with memory.reserve(size):
+            colorize_file(job, draw, results)
+        job.is_done = True
+        if frames > 1:
+            job.note = f'the result is the first of {frames} frames'
+    except Exception as error:  # decoders, encoders and devices raise nearly anything
+        why = getattr(error, 'strerror', None) or str(error) or repr(error)
+        job.note = why.splitlines()[0]
+
+
+def colorize_file(job, draw, results):
+    """Colorize the file job.path. Raises nearly anything."""
+    with open_photo(job.path) as photo:
+        turn_upright(photo)
+        exif = read_exif(photo)
+    format, target = job.format, job.target
+    if not format:
+        format, target = choose_format(photo, target)
+    results.check(job.path, target)
+    results.write(job.path, target, encode(draw(photo, format), photo, format, exif))
+
+
+def choose_format(photo, target):
+    """Return the format and path of a result: the photo's own where that format can be written."""
     format = 'JPEG' if photo.format == 'MPO' else photo.format
-    if format not in FORMATS:
-        format, target = 'PNG', target.with_suffix('.png')
-    results.check(path, target)
-    results.write(path, target, encode(draw_result(photo, format, net, args), photo, format, exif))
+    return (format, target) if format in FORMATS else ('PNG', target.with_suffix('.png'))
+
+
+def count_frames(photo):
+    """Return the number of frames of an open animation, or of pages; 1 for all other photos."""
+    with contextlib.suppress(Exception):  # damaged ones are the decoder's business
+        return getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
+    return 1
+
+
+def estimate_memory(photo, net, size):
+    """Return the bytes of memory that colorizing an open photo takes at its peak."""
+    width, height = seen_size(net, photo.size, size)
+    on_cpu = next(net.parameters()).device.type == 'cpu'
+    return BYTES_PER_PIXEL * photo.width * photo.height + on_cpu * NETWORK_BYTES * width * height
 
 
 # ---------------------------------------------------------------------------- the files
 
 def find_photos(paths, output):
-    """Of all photos (path, name below `output`), of what cannot be taken (path, reason)."""
-    photos, bad = [], []
+    """Return Jobs for all photos in files and folders, and for what cannot be taken, with a note.
+
+    The former have their targets in the folder `output`.
+    """
+    jobs, refused = [], []
     for path in paths:
         try:
             if os.path.isdir(path):
                 home = os.path.basename(os.path.abspath(path)) if len(paths) > 1 else ''
-                photos += [(os.path.join(path, name), os.path.join(home, name))
-                           for name in list_photos_outside(output, path)]
+                jobs += [Job(os.path.join(path, name), output / home / name)
+                         for name in list_photos_outside(output, path)]
             elif os.path.exists(path):
-                photos.append((path, os.path.basename(path)))
+                jobs.append(Job(path, output / os.path.basename(path)))
             else:
-                bad.append((path, 'no such file or folder'))
+                refused.append(Job(path, note='no such file or folder'))
         except UsageError as error:
-            bad.append((path, str(error)))
-    return photos, bad
+            refused.append(Job(path, note=str(error)))
+    return jobs, refused
 
 
 def list_photos_outside(output, folder):
@@ -172,96 +300,90 @@ def list_photos_outside(output, folder):
     return names
 
 
-class Results:
-    """The folder of results, where nothing is overwritten but an earlier result of the same photo.
-
-    A hidden file in it has a mark of each result; one that was changed since is the user's own.
-    """
-
-    def __init__(self, folder, photos):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise UsageError(f'--output {folder} is a file; name a folder')
-        self.log = folder / '.colorized'
-        self.marks = set(self.log.read_bytes().split()) if self.log.exists() else set()
-        self.photos = {identity(path) for path, _ in photos if os.path.exists(path)}
-
-    def check(self, path, target):
-        """Raises FileExistsError where `target` must not become the result of the photo `path`."""
-        if target.exists() and identity(target) in self.photos:
-            raise FileExistsError(f'{target} is one of the photos; give another --output')
-        if os.path.lexists(target) and not (
-                target.is_file() and mark(path, target.read_bytes()) in self.marks):
-            raise FileExistsError(f'{target} exists and is no earlier result of this photo; move '
-                                  'it away or give another --output')
-
-    def write(self, path, target, content):
-        """Writes a result whole or not at all. Raises OSError."""
-        temporary = target.with_name(f'.colorized.{os.getpid()}.tmp')
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            if (new := mark(path, content)) not in self.marks:
-                # first the mark: one without its result does no harm
-                with open(self.log, 'ab') as log:
-                    log.write(b'\n' + new)
-                self.marks.add(new)
-            os.replace(temporary, target)
-        except OSError as error:
-            raise OSError(f'{target} was not written: {error.strerror}') from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-
-def identity(path):
-    """The same for all names that a file has."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def mark(path, content):
-    """Tells that `content` was made from the photo at `path`."""
-    photo = os.fsencode(os.path.realpath(path)) + b'\0'
-    return hashlib.sha256(photo + content).hexdigest().encode()
-
-
 # ---------------------------------------------------------------------------- the run
 
+def split_output(output, paths):
+    """Return the folder of the results, and the result's format if `output` names a file.
+
+    Raises UsageError if it does, and cannot be the result of these photos.
+    """
+    format = Image.registered_extensions().get(output.suffix.lower())
+    if not format or output.is_dir():
+        return output, None
+    if len(paths) > 1 or os.path.isdir(paths[0]):
+        raise UsageError(f'--output {output} is the name of one result; for several, name a folder')
+    if format not in FORMATS:
+        raise UsageError(f'--output {output}: {output.suffix} is not written here; .jpg and .png '
+                         'are')
+    if output.exists() and os.path.exists(paths[0]) and output.samefile(paths[0]):
+        raise UsageError(f'--output {output} is the photo itself; name another file')
+    return output.parent, format
+
+
 def run(args):
-    """Colorizes all photos that were asked for; returns the exit code. Raises UsageError."""
-    photos, bad = find_photos(args.photos, args.output)
-    if not photos:
-        raise UsageError('; '.join(f'{path!r}: {why}' for path, why in bad))
-    results, net = Results(args.output, photos), load_weights(UNet(), args.weights)
+    """Colorize all photos that were asked for; return the exit code. Raises UsageError, Stopped."""
+    folder, format = split_output(args.output, args.photos)
+    jobs, refused = find_photos(args.photos, folder)
+    if not jobs:
+        raise UsageError('; '.join(f'{job.path!r}: {job.note}' for job in refused))
+    if format:
+        jobs[0].target, jobs[0].format = args.output, format
+    results, net = Results(folder, [job.path for job in jobs]), load_weights(UNet(), args.weights)
     net.to(choose_device(args.device), memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
-    done, start = 0, time.perf_counter()
-    for path, name in tqdm(photos, 'colorizing', unit=' photos', leave=False, disable=None):
-        try:
-            colorize_file(path, args.output / name, results, net, args)
-            done += 1
-        except Exception as error:  # decoders, encoders and devices raise nearly anything
-            why = getattr(error, 'strerror', None) or str(error) or repr(error)
-            bad.append((path, why.splitlines()[0]))
-    speed = done / (time.perf_counter() - start)
-    for path, why in bad:
-        print(f'predict.py: {path!r}: {why}', file=sys.stderr)
-    print(f'{done} photo{"s"[done == 1:]} in {args.output} ({speed:.1f} photos/s)')
-    return 1 if bad else 0
+    function = partial(
+        run_job, results=results, memory=Memory(free_memory(torch.device('cpu'))),
+        draw=partial(draw_result, compare=args.compare, colorize=partial(
+            colorize_anyway, net, size=args.size, saturation=args.saturation)),
+        estimate=partial(estimate_memory, net=net, size=args.size))
+    start = time.perf_counter()
+    try:
+        run_in_threads(function, group_by_target(jobs), args.num_workers, 'colorizing')
+    except Stopped as stop:
+        done = sum(job.is_done for job in jobs)
+        print(f'predict.py: stopped; {done} of {len(jobs)} photos are done, in {args.output}',
+              file=sys.stderr)
+        return 128 + stop.signum
+    report(refused + jobs, args.output, time.perf_counter() - start)
+    return 0 if all(job.is_done for job in refused + jobs) else 1
+
+
+def group_by_target(jobs):
+    """Return lists of the jobs that may have the same result: they are done in their order."""
+    groups = defaultdict(list)
+    for job in jobs:  # the result's suffix may become .png, and some disks ignore case
+        groups[str(job.target.with_suffix('')).casefold()].append(job)
+    return list(groups.values())
+
+
+def report(jobs, output, seconds):
+    """Print what is to be said of each photo, and how many are done."""
+    for job in jobs:
+        if job.note:
+            print(f'predict.py: {job.path!r}: {job.note}', file=sys.stderr)
+    done = sum(job.is_done for job in jobs)
+    if done > 1:
+        print(f'{done} photos in {output} ({done / seconds:.1f} photos/s)')
+    else:
+        print(f'1 photo in {output}' if done else 'no photo was colorized')
 
 
 def main(argv=None):
+    for name in 'stdout', 'stderr':
+        if getattr(sys, name) is None:  # closed by >&-
+            setattr(sys, name, open(os.devnull, 'w'))
     args = parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     warnings.filterwarnings('ignore', module='PIL')  # of what it reads all the same
     try:
-        return run(args)
+        with stop_signals():
+            return run(args)
     except (UsageError, OSError) as error:
         print(f'predict.py: {error}', file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print(f'predict.py: stopped; what is done is in {args.output}', file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        print('predict.py: stopped; no photo is done', file=sys.stderr)
+        return 128 + stop.signum
 
 
 if __name__ == '__main__':

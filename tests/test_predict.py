@@ -32,7 +32,7 @@ FORMATS = {'jpg': ('L', 'RGB', 'CMYK'),
 
 @pytest.fixture(scope='module')
 def net():
-    """Untrained, but with colours."""
+    """Untrained, but with colors."""
     torch.manual_seed(0)
     net = UNet()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def scene(size=(60, 40), mode='RGB'):
 
 
 def luminance_error(result, gray):
-    """Mean absolute difference in grey levels, away from clipped colours."""
+    """Mean absolute difference in gray levels, away from clipped colors."""
     pixels = np.asarray(result.convert('RGB')).astype(int)
     inside = ((pixels > 1) & (pixels < 254)).all(axis=2)
     error = np.abs(np.asarray(result.convert('L')).astype(int) - np.asarray(gray))
@@ -92,7 +92,7 @@ def luminance_error(result, gray):
 
 
 def spread(result):
-    """How far from grey, on average."""
+    """How far from gray, on average."""
     return np.ptp(np.asarray(result.convert('RGB')).astype(int), axis=2).mean()
 
 
@@ -110,13 +110,13 @@ def test_any_mode_and_size(net, mode, size):
     before = photo.tobytes()
     result = colorize(net, photo, 32)
     assert result.mode == 'RGB' and result.size == size and photo.tobytes() == before
-    # a single pixel may be one off, by rounding, or white, which has no colour
+    # a single pixel may be one off, by rounding, or white, which has no color
     assert luminance_error(result, predict.to_rgb(photo).convert('L')) < 1 + (size == (1, 1))
     assert spread(result) > 15 or mode == '1' or size == (1, 1)
 
 
 class Watcher(torch.nn.Module):
-    """In the network's place: remembers what it saw, says one colour, or what it is told."""
+    """In the network's place: remembers what it saw, says one color, or what it is told."""
 
     def __init__(self, color=(0.5, 0.5, 0.5)):
         super().__init__()
@@ -149,7 +149,7 @@ def test_black_and_white_are_minus_one_and_one():
 
 
 @pytest.mark.parametrize('color', [(200, 120, 60), (30, 90, 140), (128, 128, 128), (90, 140, 40)])
-def test_the_true_colour_comes_back(color):
+def test_the_true_color_comes_back(color):
     net = Watcher(tuple(c / 255 for c in color))
     result = np.asarray(colorize(net, Image.new('RGB', (50, 30), color))).astype(int)
     assert np.abs(result - color).max() <= 2
@@ -160,7 +160,7 @@ def test_the_true_colour_comes_back(color):
 
 
 @pytest.mark.parametrize('size', [(500, 333), (101, 640)])
-def test_colour_is_not_shifted(size):
+def test_color_is_not_shifted(size):
     # the network tells left from right and top from bottom; so must the enlarged result
     class Sides(Watcher):
         def forward(self, x):
@@ -177,7 +177,7 @@ def test_colour_is_not_shifted(size):
         assert abs(edge - len(mid) / 2) <= 1
 
 
-def test_saturation_scales_the_colour(net):
+def test_saturation_scales_the_color(net):
     photo = scene((120, 90), 'L')
     dull, normal, bright = (spread(colorize(net, photo, 32, s)) for s in (0.5, 1, 1.5))
     assert dull == pytest.approx(normal / 2, rel=0.1)
@@ -186,7 +186,7 @@ def test_saturation_scales_the_colour(net):
     assert gray.tobytes() == photo.convert('RGB').tobytes()
 
 
-def test_a_colour_photo_is_turned_grey_first(net):
+def test_a_color_photo_is_turned_gray_first(net):
     photo = scene((90, 60))
     assert colorize(net, photo, 32).tobytes() == colorize(net, photo.convert('L'), 32).tobytes()
 
@@ -220,7 +220,7 @@ def test_formats_and_modes(call, home):
 
 
 @pytest.mark.parametrize('mode, transparency', [('1', 0), ('L', 90), ('RGB', (80, 60, 30))])
-def test_a_transparent_colour_stays_transparent(call, mode, transparency):
+def test_a_transparent_color_stays_transparent(call, mode, transparency):
     photo = scene(mode=mode)
     photo.putpixel((3, 3), transparency)
     photo.save('a.png', transparency=transparency)
@@ -322,18 +322,27 @@ def test_damaged_exif_costs_only_itself(call):
     assert files('colorized') == ['a.jpg', 'b.png']
 
 
-def test_compare_shows_grey_and_colour(call, net):
-    photo = scene((30, 20), 'RGBA')
+def test_compare_shows_gray_color_and_original(call, net):
+    photo = scene((200, 20), 'RGBA')
     photo.save('a.png')
     call(0, 'a.png', '--compare')
-    result = Image.open('colorized/a.png')
-    left, right = result.crop((0, 0, 30, 20)), result.crop((30, 0, 60, 20))
-    gray = photo.convert('RGB').convert('L')
-    assert result.size == (60, 20)
-    assert left.convert('RGB').tobytes() == gray.convert('RGB').tobytes()
-    assert right.convert('RGB').tobytes() == colorize(net, gray, 32).tobytes()
-    assert left.getchannel('A').tobytes() == right.getchannel('A').tobytes() \
-        == photo.getchannel('A').tobytes()
+    result, color = Image.open('colorized/a.png'), photo.convert('RGB')
+    assert result.size == (3 * 200 + 2 * 4, 20)
+    panels = [result.crop((x, 0, x + 200, 20)) for x in (0, 204, 408)]
+    gray = color.convert('L')
+    expected = gray.convert('RGB'), colorize(net, gray, 32), color
+    for panel, image in zip(panels, expected, strict=True):
+        assert panel.convert('RGB').tobytes() == image.tobytes()
+        assert panel.getchannel('A').tobytes() == photo.getchannel('A').tobytes()
+    for x in 200, 404:
+        gap = result.crop((x, 0, x + 4, 20))
+        assert gap.getcolors() == [(80, (255, 255, 255, 255))]
+
+
+def test_compare_of_a_gray_photo_has_no_original(call):
+    scene((60, 40), 'L').convert('RGB').save('a.jpg', quality=60)
+    call(0, 'a.jpg', '--compare')
+    assert Image.open('colorized/a.jpg').size == (2 * 60 + 2, 40)
 
 
 def test_sizes_from_one_pixel_to_24_million(call):
