@@ -12,15 +12,13 @@ import tempfile
 import time
 
 import pytest
+from helpers import TAGS
 from PIL import Image, ImageChops
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 # playwright itself adds what keeps Chromium from calling home; these keep it on this machine
 ALONE = ['--disable-gpu', '--no-proxy-server',
          '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1']
-TAGS = {'training loss', 'validation loss', 'PSNR/prediction', 'PSNR/with luminance',
-        'PSNR/gray copy', 'colorfulness/prediction', 'colorfulness/truth', 'learning rate',
-        'photos per second'}
 
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and importlib.util.find_spec('playwright')),
@@ -113,7 +111,7 @@ def scalars(page, url, epochs):
 
 
 def images(page, url):
-    """{tag: (run, width, height, whether it is seen in colour)} of the images that have loaded."""
+    """{tag: (run, width, height, whether it is seen in color)} of the images that have loaded."""
     open_tab(page, url, 'images', 'tf-image-loader img')
     show_all(page)
 
