@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from helpers import (  # noqa: E402
     CHECKPOINT,
     EPOCHS,
+    ROW,
     STEPS,
     WEIGHTS,
     Training,
@@ -43,18 +44,18 @@ def stage(training):
     shown = training.text.rpartition('\r')[2]
     if 'logging in' not in training.text:
         return 'starting'
-    if 'the weights are in' in training.text or 'this run is finished' in training.text:
+    if 'Next:' in training.text:
         return 'finishing'
     for name in WEIGHTS, 'unet.pth', CHECKPOINT:
-        if training.is_written(f'{name}.tmp'):
+        if training.is_written(f'{name}.*.tmp'):
             return f'saving {name}'
     if shown.startswith('epoch'):
         return 'training'
     if not list(training.log.glob(f'events.*.{training.process.pid}.*')):
         return 'decoding'
-    if ' steps' not in training.text:
+    if not re.search(r'epoch \d+:', training.text):
         return 'logging the graph'
-    if re.search(r'photos/s\s*$', training.text):
+    if ROW.fullmatch(training.text.rstrip().rpartition('\n')[2].strip()):
         return 'between epochs'
     checkpoint = training.folder / CHECKPOINT
     saved = checkpoint.stat().st_mtime if checkpoint.exists() else 0

@@ -36,9 +36,8 @@ def test_the_luminance_merge_keeps_color_and_has_the_luminance_everywhere():
 
 
 def test_psnr():
-    y = torch.zeros(2, 3, 8, 8)
-    assert color.psnr(y + 0.1, y).tolist() == pytest.approx([20, 20])
-    assert color.psnr(y, y).tolist() == [100, 100]
+    assert color.psnr(0.01) == pytest.approx(20)
+    assert color.psnr(0.0) == 100
 
 
 def test_colorfulness():
@@ -52,4 +51,4 @@ def test_colorfulness():
     # all one blue: no deviation, and the signed means 0 and -255
     blue = torch.tensor([0., 0, 1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     assert color.colorfulness(blue).item() == pytest.approx(0.3 * 255)
-    assert color.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() == pytest.approx(0)
+    assert color.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() < 0.002

@@ -1,16 +1,17 @@
 import io
 import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
 from helpers import (
     CHECKPOINT,
     FLAGS,
+    IMAGES,
     ROOT,
     TAGS,
     WEIGHTS,
@@ -131,7 +132,8 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
         net = UNet()
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for epoch in range(3):
-            loss = colorize.train_epoch(net, optimizer, batches(), Progress(epoch), precision)
+            loss = colorize.train_epoch(net, optimizer, batches(), Progress(epoch),
+                                        colorize.Recipe(precision))
         losses.append(loss)
         assert all(p.dtype == torch.float32 for p in net.parameters())
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
@@ -163,25 +165,23 @@ def test_weights_load_into_the_template_s_network(trained):
 
 def test_a_log_file_has_a_line_an_epoch_and_what_comes_next(trained):
     text = (trained / 'log').read_text()
-    first, *epochs, done, show, colorize = text.splitlines()
+    epochs = [line.split() for line in text.splitlines() if re.match(r' +\d/2 ', line)]
     assert '\r' not in text and len(epochs) == 2
     page = events(trained / 'runs/UNet')
-    for number, line in enumerate(epochs):
+    for number, words in enumerate(epochs):
         value = {tag: series(page, tag)[number][1] for tag in TAGS}
-        assert line.startswith(f'epoch {number + 1}/2  ')
-        for part in ('training loss {training loss:.5f} ', 'validation loss {validation loss:.5f} ',
-                     'PSNR {PSNR/prediction:.2f} dB', 'luminance {PSNR/with luminance:.2f} ',
-                     'gray copy {PSNR/gray copy:.2f})', ' {photos per second:.1f} photos/s'):
-            assert part.format_map(value) in line
-    assert 'unet.pth' in done
-    assert 'tensorboard --logdir runs --port 8898' in show and 'python predict.py' in colorize
+        assert words[:3] == [f'{number + 1}/2', f'{value["training loss"]:.5f}',
+                             f'{value["validation loss"]:.5f}']
+        assert f'{value["Better than the gray copy (dB)"]:+.2f}' in words
+        assert f'{value["photos per second"]:.1f}' in words
+    assert 'tensorboard --logdir runs --port 8898' in text and 'python predict.py' in text
 
 
 def test_a_terminal_sees_bars(drawings, tmp_path):
     training = Training(tmp_path, drawings, '--epochs', '1')
     assert training.end() == 0, training.text
     assert 'reading photos: ' in training.text and 'epoch 1: ' in training.text
-    assert training.text.count('epoch 1/1') == 1
+    assert len(re.findall(r' 1/1 +0\.', training.text)) == 1
 
 
 def pixels(event):
@@ -193,17 +193,16 @@ def test_tensorboard_has_scalars_grids_graph_and_settings(trained):
     assert set(page.Tags()['scalars']) == TAGS
     for tag in TAGS:
         assert [step for step, _ in series(page, tag)] == [1, 2]
-    assert series(page, 'learning rate')[0][1] == pytest.approx(1e-3)
-    for tag in 'Input', 'Predicted', 'Ground truth':
+    for tag in IMAGES:
         assert [event.step for event in page.Images(tag)] == [1, 2]
     first, last = ([pixels(page.Images(tag)[n]) for tag in ('Input', 'Ground truth', 'Predicted')]
                    for n in (0, 1))
     assert torch.equal(first[0], last[0]) and torch.equal(first[1], last[1])
     assert not torch.equal(first[2], last[2])
-    gray, truth = first[0], first[1]
-    # the input is undone from [-1, 1]: it is the truth's own gray
-    assert torch.equal(gray[0], gray[1])
-    assert (gray[0] - (0.299 * truth[0] + 0.587 * truth[1] + 0.114 * truth[2])).abs().max() <= 1
+    # the input is undone from [-1, 1]: it is the truth's own gray, but for the JPEG's losses
+    gray, truth = first[0].float(), first[1].float()
+    luma = 0.299 * truth[0] + 0.587 * truth[1] + 0.114 * truth[2]
+    assert (gray - luma).abs().mean() < 2 and luma.std() > 20
     nodes = {node.name for node in page.Graph().node}
     for n in 1, 2, 3:
         for block in f'downsample_block_{n}', f'upsample_block_{n}':
@@ -227,17 +226,17 @@ def test_a_dry_run_goes_through_everything_and_keeps_nothing(train, tmp_path):
 def test_a_tiny_run_learns(train, tmp_path):
     """The script is its own test: it must get somewhere."""
     train('--batch_size', 8, '--epochs', 8)
-    page = events(tmp_path / 'runs/UNet')
-    gray = series(page, 'PSNR/gray copy')[-1][1]
-    assert series(page, 'PSNR/prediction')[-1][1] > gray + 1
-    assert series(page, 'PSNR/with luminance')[-1][1] > gray + 1
+    curve = curves(tmp_path)
+    # a network that learns nothing, or only gray, is not better than the gray copy
+    assert curve['Better than the gray copy (dB)'][-1][1] > 0.5
+    assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
 
 
 def test_a_demo_that_does_not_learn_says_so(train, drawings, tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/demo').symlink_to(drawings)
     printed = train('--demo', '--data_path', 'data/demo', '--epochs', 1, '--lr', 1e-9, code=1)
-    assert re.search(r'does not colorize: -?\d+\.\d dB over the gray copy, not 3', printed.err)
+    assert 'the demo should be 3 dB better than the gray copy' in printed.err
     assert (tmp_path / 'unet.pth').exists()
 
 
@@ -249,11 +248,11 @@ def test_photos_that_cannot_be_read_are_named_and_counted(train, drawings, tmp_p
         (data / f'{n}.jpg').symlink_to(photo)
     (data / 'words.jpg').write_text('not a photo')
     (data / 'empty.png').touch()
-    printed = train('--data_path', data, '--epochs', 2, *way)
-    assert sorted(printed.err.splitlines()) == [
-        "skipped 'empty.png': no photo that Pillow can read",
-        "skipped 'words.jpg': no photo that Pillow can read"]
-    assert '2 of 32 photos could not be read and were skipped' in printed.out
+    printed = train('--data_path', data, '--epochs', 1, *way)
+    assert printed.err.splitlines() == ["skipped 'empty.png': no photo that Pillow can read",
+                                        "skipped 'words.jpg': no photo that Pillow can read"]
+    assert (tmp_path / 'runs/UNet/skipped.txt').read_text().splitlines() == [
+        line.removeprefix('skipped ') for line in printed.err.splitlines()]
 
 
 def test_streaming_gives_the_same_weights(train, tmp_path, monkeypatch):
@@ -268,12 +267,21 @@ def test_streaming_gives_the_same_weights(train, tmp_path, monkeypatch):
     assert (tmp_path / 'runs/full/unet.pth').read_bytes() == in_memory
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++'))), reason='no C++ compiler')
-def test_a_compiled_network_trains_and_saves_plain_weights(train, tmp_path):
+def test_a_compiled_network_trains_and_saves_plain_weights(train, tmp_path, monkeypatch):
+    """With Dynamo's graphs run as they are: a C++ compiler would take minutes over them."""
+    graphs, compile_ = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend('aot_eager')
+    monkeypatch.setattr(torch.nn.Module, 'compile', partialmethod(compile_, backend=backend))
     train('--epochs', 1)
+    assert graphs == []
     train('--epochs', 1, '--compile', '--name', 'compiled')
     plain, compiled = load(tmp_path / WEIGHTS), load(tmp_path / 'runs/compiled/unet.pth')
-    assert plain.keys() == compiled.keys()
+    assert plain.keys() == compiled.keys() and graphs
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, atol=1e-3, rtol=1e-3)
 
@@ -337,7 +345,7 @@ def test_weights_from_elsewhere_are_renamed_and_kept(train, tmp_path):
     (['--data_path', 'empty'], ['empty', 'no photos']),
     (['--data_path', 'three', '--val_fraction', '0.01'], ['--val_fraction 0.01', '3 photos']),
     (['--data_path', 'three', '--val_fraction', '1'], ['--val_fraction', 'below 1']),
-    (['--data_path', 'three', '--val_fraction', '0'], ['none of the photos could be read']),
+    (['--data_path', 'three', '--val_fraction', '0'], ['none of the training photos']),
     (['--batch_size', '0'], ['--batch_size', '0 is not a whole number above 0']),
     (['--batch_size', 'many'], ['--batch_size', 'many is not']),
     (['--epochs', '-1'], ['--epochs', '-1 is not']),

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-import colorize
 import data_utils
 from data_utils import (
+    Data,
     ImageFolderGrayColor,
     PhotoFolder,
     PhotoLoader,
@@ -16,8 +16,8 @@ from data_utils import (
     get_colorized_dataset_loader,
     is_held_out,
     list_photos,
-    load_into_memory,
     load_photo,
+    load_photos,
 )
 from utils.cli import UsageError
 
@@ -176,7 +176,7 @@ def test_holding_out_goes_by_the_path_alone():
 @pytest.fixture(params=['memory', 'stream', 'stream with workers'])
 def photos(request, drawings):
     folder = PhotoFolder(drawings, 64, num_workers=0 if request.param == 'stream' else 2)
-    return PhotosInMemory(folder, CPU) if request.param == 'memory' else folder
+    return load_photos(folder, CPU, stream=request.param != 'memory')
 
 
 def test_the_fast_loaders_agree_with_torchvision(photos, drawings):
@@ -197,7 +197,7 @@ def test_the_fast_loaders_agree_with_torchvision(photos, drawings):
 def both_loaders(drawings, **kwargs):
     folder = PhotoFolder(drawings, 16, num_workers=2)
     return [PhotoLoader(photos, list(range(50)), 8, **kwargs)
-            for photos in (PhotosInMemory(folder, CPU), folder)]
+            for photos in (load_photos(folder, CPU), folder)]
 
 
 def test_memory_and_stream_give_the_same_batches_in_the_same_order(drawings):
@@ -253,18 +253,32 @@ def test_processes_share_each_batch(drawings, world_size):
         assert together == sorted(key(photo) for photo in y)
 
 
-def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys):
+@pytest.mark.parametrize('stream', [False, True])
+def test_what_cannot_be_read_and_what_is_gray_is_left_out_with_its_reason(tmp_path, stream):
     for n in range(6):
         stripes((20 + n, 20)).save(tmp_path / f'{n}.png')
     (tmp_path / '3.png').write_text('no photo')
-    for in_memory in True, False:
-        folder = PhotoFolder(tmp_path, 8)
-        loader = PhotoLoader(PhotosInMemory(folder, CPU) if in_memory else folder,
-                             list(range(6)), 4, seed=0)
-        for loader.epoch in 0, 1:
-            assert sum(len(x) for x, _ in loader) == 5
-        assert folder.skipped == {3}
-        assert capsys.readouterr().err == "skipped '3.png': no photo that Pillow can read\n"
+    stripes().convert('L').save(tmp_path / '4.png')
+    folder = PhotoFolder(tmp_path, 8)
+    data = Data.load(folder, (list(range(4)), [4, 5]), 4, CPU, seed=0, stream=stream)
+    assert folder.skipped == {3: 'no photo that Pillow can read', 4: 'gray'}
+    for data.train_loader.epoch in 0, 1:
+        assert sum(len(x) for x, _ in data.train_loader) == 3
+    assert sum(len(x) for x, _ in data.val_loader) == 1
+    with pytest.raises(UsageError, match='none of the 1 validation photos .* gray'):
+        Data.load(folder, ([0], [4]), 4, CPU, seed=0, stream=stream)
+    with pytest.raises(UsageError, match='none of the training photos could be read'):
+        Data.load(folder, ([3], [5]), 4, CPU, seed=0, stream=stream)
+
+
+def test_a_photo_that_is_lost_while_streaming_is_named_once(tmp_path, capsys):
+    for n in range(6):
+        stripes((20 + n, 20)).save(tmp_path / f'{n}.png')
+    data = Data.load(PhotoFolder(tmp_path, 8), (list(range(6)), []), 4, CPU, seed=0, stream=True)
+    (tmp_path / '3.png').unlink()
+    for data.train_loader.epoch in 0, 1:
+        assert sum(len(x) for x, _ in data.train_loader) == 5
+    assert capsys.readouterr().err == "skipped '3.png': No such file or directory\n"
 
 
 @pytest.mark.parametrize('free, held', [(2 * 56 * 3 * 8 * 8 + 1, PhotosInMemory),
@@ -272,7 +286,7 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys):
 def test_photos_that_take_half_of_the_free_memory_are_streamed(drawings, monkeypatch, capsys, free,
                                                                held):
     monkeypatch.setattr(data_utils, 'free_memory', lambda device: free)
-    photos = load_into_memory(PhotoFolder(drawings, 8), CPU)
+    photos = load_photos(PhotoFolder(drawings, 8), CPU)
     assert type(photos) is held
     assert ('streaming' in capsys.readouterr().out) == (held is PhotoFolder)
     assert sum(len(x) for x, _ in PhotoLoader(photos, list(range(56)), 16)) == 56
@@ -288,12 +302,9 @@ def test_the_order_does_not_hang_on_random_state(drawings):
 
 @pytest.mark.parametrize('held_out, shown', [(3, [0, 1, 2]), (16, list(range(16))), (
     20, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18])])
-def test_sixteen_held_out_photos_are_shown_where_there_are_so_many(held_out, shown):
-    class Photos:
-        def read(self, batches, flips):
-            for batch, flip in zip(batches, flips, strict=True):
-                yield batch.view(-1, 1, 1, 1).expand(-1, 8, 8, 3), flip
-
-    data = colorize.load_data(colorize.parse_args(['--stream']), Photos(), [50, 51],
-                              list(range(held_out)), CPU)
-    assert (data.samples[1][:, 0, 0, 0] * 255).round().int().tolist() == shown
+def test_sixteen_held_out_photos_are_shown_where_there_are_so_many(drawings, held_out, shown):
+    folder = PhotoFolder(drawings, 8)
+    data = Data.load(folder, ([50, 51], list(range(held_out))), 8, CPU, seed=0)
+    assert data.sample_paths == [folder.samples[index][0] for index in shown]
+    _, y = next(iter(PhotoLoader(load_photos(folder, CPU), shown, 16)))
+    assert torch.equal(data.samples[1], y)
