@@ -12,7 +12,7 @@ import tempfile
 import time
 
 import pytest
-from helpers import TAGS
+from helpers import IMAGES, TAGS
 from PIL import Image, ImageChops
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -118,7 +118,7 @@ def images(page, url):
     def cards():
         return {card.evaluate('card => card.tag'): card for card in
                 page.locator('tf-image-loader', has=page.locator('img')).all()}
-    until(lambda: cards().keys(), {'Input', 'Predicted', 'Ground truth'})
+    until(lambda: cards().keys(), IMAGES)
     seen = {}
     for tag, card in cards().items():
         img = card.locator('img')
@@ -148,7 +148,7 @@ def settings(page, url):
     def cells():
         cells = page.locator('vaadin-grid-cell-content').evaluate_all(text)
         return [cell for cell in cells if cell not in ('', 'Show Metrics')]
-    until(lambda: 'cpu' in cells(), True)
+    until(lambda: 'UNet' in cells(), True)
     half = len(cells()) // 2
     return (set(page.locator('.hparam-checkbox').evaluate_all(text)),
             dict(zip(cells()[:half], cells()[half:], strict=True)))
