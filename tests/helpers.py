@@ -22,8 +22,9 @@ from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, WEIGHTS = 'runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth'
-TAGS = {'Better than the gray copy (dB)', "Colorfulness (% of truth's)", 'training loss',
-        'validation loss', 'learning rate', 'photos per second'}
+GAIN = 'Gain over the gray copy (dB)'
+TAGS = {GAIN, "vividness (% of the truth's colorfulness)", 'training loss', 'validation loss',
+        'learning rate', 'photos per second'}
 IMAGES = {'Input', 'Predicted', 'Ground truth', 'Colorized'}
 # a run that takes seconds: of the 56 drawings, 43 are to train on
 EPOCHS, STEPS = 4, 3

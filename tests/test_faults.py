@@ -299,10 +299,10 @@ def test_weights_that_only_validation_finds_ruined(folder, fault):
 
 @pytest.mark.parametrize('error, flags, line', [
     (torch.cuda.OutOfMemoryError('CUDA out of memory.\nTried to allocate 9 GiB'), [],
-     'out of memory with --batch_size 8: try --batch_size 4'),
-    (MemoryError(), [], 'out of memory with --batch_size 8: try --batch_size 4'),
+     'out of memory with --batch_size 8: try --batch_size 4 or less'),
+    (MemoryError(), [], 'out of memory with --batch_size 8: try --batch_size 4 or less'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), [],
-     'out of memory with --batch_size 8: try --batch_size 4'),
+     'out of memory with --batch_size 8: try --batch_size 4 or less'),
     (torch.cuda.OutOfMemoryError('CUDA out of memory.'), ['--batch_size', 1, '--name', 'one'],
      'out of memory with --batch_size 1: try a smaller --image_size'),
 ], ids=['device', 'Python', 'host', 'one photo'])

@@ -43,12 +43,12 @@ def test_scalars(page):
 
 
 def test_images(page):
-    # photos of 32 pixels at four times their size, with gaps of four: 16 in a grid of four, and
-    # two columns of threes
+    # photos of 32 pixels at four times their size, with gaps of four: 16 in a grid of four,
+    # and of every other one gray, colorized and truth, in two columns
     assert images(*page) == {'Input': ('UNet', 532, 532, False),
                              'Predicted': ('UNet', 532, 532, True),
                              'Ground truth': ('UNet', 532, 532, True),
-                             'Colorized': ('UNet', 780, 1060, True)}
+                             'Colorized': ('UNet', 780, 532, True)}
 
 
 def test_graph(page):
