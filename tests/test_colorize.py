@@ -31,6 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import colorize
 import data_utils
 from unet import UNet
+from utils import device
 from utils.checkpoint import Progress, Stopped
 from utils.device import Precision
 
@@ -278,7 +279,7 @@ def test_a_compiled_network_trains_and_saves_plain_weights(train, tmp_path, monk
 
     aot_eager = torch._dynamo.lookup_backend('aot_eager')
     monkeypatch.setattr(torch.nn.Module, 'compile', partialmethod(compile_, backend=backend))
-    monkeypatch.setattr(colorize, 'check_compiler', lambda device: None)
+    monkeypatch.setattr(device, 'check_compiler', lambda _: None)
     train('--epochs', 1)
     assert graphs == []
     train('--epochs', 1, '--compile', '--name', 'compiled')
@@ -347,7 +348,7 @@ def test_weights_from_elsewhere_are_renamed_and_kept(train, tmp_path):
     (['--data_path', 'empty'], ['empty', 'no photos']),
     (['--data_path', 'three', '--val_fraction', '0.01'], ['--val_fraction 0.01', '3 photos']),
     (['--data_path', 'three', '--val_fraction', '1'], ['--val_fraction', 'below 1']),
-    (['--data_path', 'three', '--val_fraction', '0'], ['none of the training photos']),
+    (['--data_path', 'three', '--val_fraction', '0'], ['no training photo', 'Pillow']),
     (['--batch_size', '0'], ['--batch_size', '0 is not a whole number above 0']),
     (['--batch_size', 'many'], ['--batch_size', 'many is not']),
     (['--epochs', '-1'], ['--epochs', '-1 is not']),

@@ -260,24 +260,25 @@ def test_what_cannot_be_read_and_what_is_gray_is_left_out_with_its_reason(tmp_pa
     (tmp_path / '3.png').write_text('no photo')
     stripes().convert('L').save(tmp_path / '4.png')
     folder = PhotoFolder(tmp_path, 8)
-    data = Data.load(folder, (list(range(4)), [4, 5]), 4, CPU, seed=0, stream=stream)
+    photos = load_photos(folder, CPU, stream)
+    data = Data(photos, (list(range(4)), [4, 5]), folder, 4, CPU, seed=0)
     assert folder.skipped == {3: 'no photo that Pillow can read', 4: 'gray'}
     for data.train_loader.epoch in 0, 1:
         assert sum(len(x) for x, _ in data.train_loader) == 3
     assert sum(len(x) for x, _ in data.val_loader) == 1
-    with pytest.raises(UsageError, match='none of the 1 validation photos .* gray'):
-        Data.load(folder, ([0], [4]), 4, CPU, seed=0, stream=stream)
-    with pytest.raises(UsageError, match='none of the training photos could be read'):
-        Data.load(folder, ([3], [5]), 4, CPU, seed=0, stream=stream)
+    with pytest.raises(UsageError, match='no validation photo .* gray'):
+        Data(photos, ([0], [4]), folder, 4, CPU, seed=0)
+    with pytest.raises(UsageError, match='no training photo .* Pillow'):
+        Data(photos, ([3], [5]), folder, 4, CPU, seed=0)
 
 
 def test_a_photo_that_is_lost_while_streaming_is_named_once(tmp_path, capsys):
     for n in range(6):
         stripes((20 + n, 20)).save(tmp_path / f'{n}.png')
-    data = Data.load(PhotoFolder(tmp_path, 8), (list(range(6)), []), 4, CPU, seed=0, stream=True)
+    loader = PhotoLoader(load_photos(PhotoFolder(tmp_path, 8), CPU, stream=True), list(range(6)), 4)
     (tmp_path / '3.png').unlink()
-    for data.train_loader.epoch in 0, 1:
-        assert sum(len(x) for x, _ in data.train_loader) == 5
+    for loader.epoch in 0, 1:
+        assert sum(len(x) for x, _ in loader) == 5
     assert capsys.readouterr().err == "skipped '3.png': No such file or directory\n"
 
 
@@ -304,7 +305,7 @@ def test_the_order_does_not_hang_on_random_state(drawings):
     20, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18])])
 def test_sixteen_held_out_photos_are_shown_where_there_are_so_many(drawings, held_out, shown):
     folder = PhotoFolder(drawings, 8)
-    data = Data.load(folder, ([50, 51], list(range(held_out))), 8, CPU, seed=0)
+    data = Data(load_photos(folder, CPU), ([50, 51], list(range(held_out))), folder, 8, CPU, 0)
     assert data.sample_paths == [folder.samples[index][0] for index in shown]
     _, y = next(iter(PhotoLoader(load_photos(folder, CPU), shown, 16)))
     assert torch.equal(data.samples[1], y)
