@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_names_its_step(bad, finite):
     loader = batches()
     loader[finite][1][0, 0, 0, 0] = bad
     net = UNet()
-    with pytest.raises(FloatingPointError, match=f'at step {finite + 1} of epoch 1.*--lr'):
+    with pytest.raises(FloatingPointError, match=f'at step {finite + 1} of epoch 1'):
         colorize.train(net, torch.optim.Adam(net.parameters()), loader)
 
 
