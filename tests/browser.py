@@ -12,15 +12,13 @@ import tempfile
 import time
 
 import pytest
+from helpers import IMAGES, TAGS
 from PIL import Image, ImageChops
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 # playwright itself adds what keeps Chromium from calling home; these keep it on this machine
 ALONE = ['--disable-gpu', '--no-proxy-server',
          '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1']
-TAGS = {'training loss', 'validation loss', 'PSNR/prediction', 'PSNR/with luminance',
-        'PSNR/gray copy', 'colorfulness/prediction', 'colorfulness/truth', 'learning rate',
-        'photos per second'}
 
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and importlib.util.find_spec('playwright')),
@@ -113,14 +111,14 @@ def scalars(page, url, epochs):
 
 
 def images(page, url):
-    """{tag: (run, width, height, whether it is seen in colour)} of the images that have loaded."""
+    """{tag: (run, width, height, whether it is seen in color)} of the images that have loaded."""
     open_tab(page, url, 'images', 'tf-image-loader img')
     show_all(page)
 
     def cards():
         return {card.evaluate('card => card.tag'): card for card in
                 page.locator('tf-image-loader', has=page.locator('img')).all()}
-    until(lambda: cards().keys(), {'Input', 'Predicted', 'Ground truth'})
+    until(lambda: cards().keys(), IMAGES)
     seen = {}
     for tag, card in cards().items():
         img = card.locator('img')
@@ -150,7 +148,7 @@ def settings(page, url):
     def cells():
         cells = page.locator('vaadin-grid-cell-content').evaluate_all(text)
         return [cell for cell in cells if cell not in ('', 'Show Metrics')]
-    until(lambda: 'cpu' in cells(), True)
+    until(lambda: 'UNet' in cells(), True)
     half = len(cells()) // 2
     return (set(page.locator('.hparam-checkbox').evaluate_all(text)),
             dict(zip(cells()[:half], cells()[half:], strict=True)))

@@ -2,23 +2,23 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 # small networks only wait for each other's threads; also in the programs that the tests start
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import demo_landscapes  # noqa: E402
+from helpers import FLAGS, ROOT, call  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+from demo_landscapes import draw_landscapes  # noqa: E402
 
 
 @pytest.fixture(scope='session')
 def drawings(tmp_path_factory):
     """A folder of 56 drawings, eight of each of the seven kinds. Not to be written to."""
     folder = tmp_path_factory.mktemp('drawings') / 'demo'
-    assert demo_landscapes.draw_landscapes(folder, per_kind=8) == 56
+    assert draw_landscapes(folder, per_kind=8) == 56
     return folder
 
 
@@ -35,7 +35,18 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def small(drawings):
-    """The flags of a training that takes seconds."""
-    return ['--data_path', drawings, '--image_size', 32, '--batch_size', 16, '--epochs', 2,
-            '--val_fraction', 0.25, '--device', 'cpu', '--num_workers', min(2, os.cpu_count())]
+def train(drawings, tmp_path, monkeypatch, capfd):
+    """train(flags..., code=0): a run of seconds in this process, in a folder of the test's own.
+
+    Returns what it printed, as capfd has it.
+    """
+    # TensorBoard reads the files of one second in the order of their names: the 10th before the 9th
+    monkeypatch.setattr(event_file_writer, '_global_uid', event_file_writer.AtomicCounter(0))
+
+    def train(*flags, code=0):
+        capfd.readouterr()
+        ended = call(tmp_path, '--data_path', drawings, *FLAGS, *flags)
+        printed = capfd.readouterr()
+        assert ended == code and 'Traceback' not in printed.err, printed
+        return printed
+    return train

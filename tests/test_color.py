@@ -1,9 +1,10 @@
-import color
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+
+from utils import color
 
 
 def test_luminance_is_pillow_s():
@@ -14,30 +15,29 @@ def test_luminance_is_pillow_s():
     assert (color.luminance(y)[0, 0] * 255 - gray).abs().max() <= 0.51
 
 
-def test_the_luminance_merge_keeps_colour_and_has_the_luminance_everywhere():
+def test_the_luminance_merge_keeps_color_and_has_the_luminance_everywhere():
     torch.manual_seed(0)
     gray = torch.rand(4, 1, 64, 64)
     gray[0], gray[1] = 0, 1
     for wild in torch.randn(4, 3, 64, 64), torch.zeros(4, 3, 64, 64):
-        merged = color.with_luminance(wild, gray)
+        merged = color.merge_luminance(wild, gray)
         assert merged.min() >= -1e-6 and merged.max() <= 1 + 1e-6
         assert (color.luminance(merged) - gray).abs().max() < 1e-5
-    assert torch.equal(merged, gray.expand_as(merged))  # black has no colour to keep
+    assert torch.equal(merged, gray.expand_as(merged))  # black has no color to keep
 
     # inside the cube it takes away exactly what is wrong in brightness
     y = 0.3 + 0.4 * torch.rand(4, 3, 64, 64)
     brighter = y + 0.2 * torch.randn(4, 1, 64, 64)
-    merged = color.with_luminance(brighter, color.luminance(y))
+    merged = color.merge_luminance(brighter, color.luminance(y))
     assert torch.allclose(merged, y, atol=1e-6)
     # a prediction that is right stays as it is, at the cube's faces too
     y = torch.rand(4, 3, 64, 64).mul(4).round().div(4)
-    assert torch.allclose(color.with_luminance(y, color.luminance(y)), y, atol=1e-5)
+    assert torch.allclose(color.merge_luminance(y, color.luminance(y)), y, atol=1e-5)
 
 
 def test_psnr():
-    y = torch.zeros(2, 3, 8, 8)
-    assert color.psnr(y + 0.1, y).tolist() == pytest.approx([20, 20])
-    assert color.psnr(y, y).tolist() == [100, 100]
+    assert color.psnr(0.01) == pytest.approx(20)
+    assert color.psnr(0.0) == 100
 
 
 def test_colorfulness():
@@ -50,5 +50,5 @@ def test_colorfulness():
     assert color.colorfulness(y).item() == pytest.approx(by_hand)
     # all one blue: no deviation, and the signed means 0 and -255
     blue = torch.tensor([0., 0, 1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    assert color.colorfulness(blue).item() == pytest.approx(0.3 * 255)
-    assert color.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() == pytest.approx(0)
+    assert color.colorfulness(blue).item() == pytest.approx(0.3 * 255, abs=0.002)
+    assert color.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() < 0.002

@@ -1,36 +1,39 @@
-import fcntl
 import io
 import math
-import os
-import pty
 import re
-import struct
+import signal
 import subprocess
 import sys
-import termios
-import time
+from functools import partialmethod
 
 import pytest
 import torch
-from browser import TAGS
-from checkpoint import Progress, Stopped
-from conftest import ROOT
-from device import Precision
+from helpers import (
+    CHECKPOINT,
+    FLAGS,
+    GAIN,
+    IMAGES,
+    ROOT,
+    TAGS,
+    WEIGHTS,
+    TemplateUNet,
+    Training,
+    call,
+    curves,
+    events,
+    load,
+    series,
+    signal_after,
+)
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_unet import TemplateUNet
 from torchvision.transforms.functional import pil_to_tensor
 
 import colorize
+import data_utils
 from unet import UNet
-
-
-def events(folder):
-    return EventAccumulator(str(folder), size_guidance={'images': 0, 'scalars': 0}).Reload()
-
-
-def series(page, tag):
-    return [(event.step, event.value) for event in page.Scalars(tag)]
+from utils import device
+from utils.checkpoint import Progress, Stopped
+from utils.device import Precision
 
 
 def batches(n=3, size=16):
@@ -76,6 +79,13 @@ def test_train_takes_any_network():
     assert 0 < colorize.train(net, torch.optim.SGD(net.parameters(), 0.1), batches()) < 0.25
 
 
+def test_without_an_epoch_nothing_changes_and_there_is_no_loss():
+    net, writer = UNet(), Writer()
+    before = [weight.clone() for weight in net.parameters()]
+    assert math.isnan(colorize.train(net, torch.optim.Adam(net.parameters()), batches(), 0, writer))
+    assert all(map(torch.equal, before, net.parameters())) and writer.seen == []
+
+
 def test_a_batch_of_many_weighs_more_in_the_mean():
     net = torch.nn.Conv2d(1, 3, 1)
     for parameter in net.parameters():
@@ -90,7 +100,7 @@ def test_a_loss_that_is_not_finite_names_its_step(bad, finite):
     loader = batches()
     loader[finite][1][0, 0, 0, 0] = bad
     net = UNet()
-    with pytest.raises(FloatingPointError, match=f'at step {finite + 1} of epoch 1.*--lr'):
+    with pytest.raises(FloatingPointError, match=f'at step {finite + 1} of epoch 1'):
         colorize.train(net, torch.optim.Adam(net.parameters()), loader)
 
 
@@ -105,14 +115,14 @@ def test_a_stop_finishes_the_step_and_tells_the_place():
         asked = 0
 
         @property
-        def number(self):
+        def signum(self):
             self.asked += 1
             return 15 if self.asked > 2 else 0
 
     net, progress = UNet(), Progress()
     with pytest.raises(Stopped):
-        colorize.train(net, torch.optim.Adam(net.parameters()), batches(), progress=progress,
-                       stop=Stop())
+        colorize.train_epoch(net, torch.optim.Adam(net.parameters()), batches(), progress,
+                             stop=Stop())
     assert (progress.epoch, progress.step, progress.photos) == (0, 2, 8)
 
 
@@ -122,8 +132,11 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
     for precision in Precision('fp32'), Precision(name):
         torch.manual_seed(0)
         net = UNet()
-        losses.append(colorize.train(net, torch.optim.Adam(net.parameters(), 1e-3), batches(), 3,
-                                     precision=precision))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for epoch in range(3):
+            loss = colorize.train_epoch(net, optimizer, batches(), Progress(epoch),
+                                        colorize.Recipe(precision))
+        losses.append(loss)
         assert all(p.dtype == torch.float32 for p in net.parameters())
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
 
@@ -132,151 +145,199 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
 
 @pytest.fixture(scope='module')
 def trained(drawings, tmp_path_factory):
-    """The folder of a run of two epochs on the drawings, and what it printed."""
+    """The folder of a run of two epochs in a process of its own, which prints into `log`."""
     folder = tmp_path_factory.mktemp('trained')
-    done = subprocess.run(
-        [sys.executable, ROOT / 'colorize.py', '--data_path', drawings, '--image_size', '32',
-         '--batch_size', '16', '--epochs', '2', '--val_fraction', '0.4', '--device', 'cpu'],
-        cwd=folder, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, '')
-    return folder, done.stdout.splitlines()
+    with open(folder / 'log', 'w') as log:
+        subprocess.run([sys.executable, ROOT / 'colorize.py', '--data_path', drawings, *FLAGS,
+                        '--epochs', '2', '--val_fraction', '0.4'],
+                       cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return folder
 
 
 def test_weights_load_into_the_template_s_network(trained):
-    state = torch.load(trained[0] / 'unet.pth', weights_only=True)
+    state = load(trained / 'unet.pth')
     assert type(state).__name__ == 'OrderedDict' or type(state) is dict
     for value in state.values():
         assert value.dtype == torch.float32 and value.device.type == 'cpu'
         assert value.is_contiguous() and not value.requires_grad
-    TemplateUNet().load_state_dict(state, strict=True)
-    own = UNet()
-    own.load_state_dict(torch.load(trained[0] / 'unet.pth'))
-    assert (trained[0] / 'unet.pth').stat().st_size < 7.9e6  # the weights alone
+    for net in TemplateUNet(), UNet():
+        net.load_state_dict(state, strict=True)
+    assert (trained / 'unet.pth').stat().st_size < 7.9e6  # the weights alone
 
 
-def test_a_line_an_epoch_and_what_comes_next(trained):
-    _, lines = trained
-    epochs = [line for line in lines if line.startswith('epoch ')]
-    assert len(epochs) == 2 and len(lines) == 6
-    assert re.fullmatch(
-        r'epoch 2/2  training loss 0\.\d{5}  validation loss 0\.\d{5}  PSNR \d+\.\d\d dB, '
-        r'with luminance \d+\.\d\d \(grey copy \d+\.\d\d\)  colorfulness \d+ of \d+  lr 0\.001  '
-        r'\d+\.\d photos/s', epochs[1])
-    assert 'tensorboard --logdir runs --port 8898' in lines[-2]
-    assert 'python predict.py' in lines[-1]
+def test_a_log_file_has_a_line_an_epoch_and_what_comes_next(trained):
+    text = (trained / 'log').read_text()
+    epochs = [line.split() for line in text.splitlines() if re.match(r' +\d/2 ', line)]
+    assert '\r' not in text and len(epochs) == 2
+    page = events(trained / 'runs/UNet')
+    for number, words in enumerate(epochs):
+        value = {tag: series(page, tag)[number][1] for tag in TAGS}
+        assert words[:3] == [f'{number + 1}/2', f'{value["training loss"]:.5f}',
+                             f'{value["validation loss"]:.5f}']
+        assert f'{value[GAIN]:+.2f}' in words
+        assert f'{value["photos per second"]:.1f}' in words
+    assert 'tensorboard --logdir runs --port 8898' in text and 'python predict.py' in text
 
 
-def test_tensorboard_has_scalars_grids_graph_and_settings(trained):
-    page = events(trained[0] / 'runs/UNet')
-    assert set(page.Tags()['scalars']) == TAGS
-    for tag in TAGS:
-        assert [step for step, _ in series(page, tag)] == [1, 2]
-    assert series(page, 'learning rate')[0][1] == pytest.approx(1e-3)
-    for tag in 'Input', 'Predicted', 'Ground truth':
-        assert [event.step for event in page.Images(tag)] == [1, 2]
-    first, last = ([pixels(page.Images(tag)[n]) for tag in ('Input', 'Ground truth', 'Predicted')]
-                   for n in (0, 1))
-    assert torch.equal(first[0], last[0]) and torch.equal(first[1], last[1])
-    assert not torch.equal(first[2], last[2])
-    gray, truth = first[0], first[1]
-    # the input is undone from [-1, 1]: it is the truth's own grey
-    assert torch.equal(gray[0], gray[1])
-    assert (gray[0] - (0.299 * truth[0] + 0.587 * truth[1] + 0.114 * truth[2])).abs().max() <= 1
-    nodes = {node.name for node in page.Graph().node}
-    for n in 1, 2, 3:
-        for block in f'downsample_block_{n}', f'upsample_block_{n}':
-            assert any(block in node for node in nodes)
+def test_a_terminal_sees_bars(drawings, tmp_path):
+    training = Training(tmp_path, drawings, '--epochs', '1')
+    assert training.end() == 0, training.text
+    assert 'reading photos: ' in training.text and 'epoch 1: ' in training.text
+    assert len(re.findall(r' 1/1 +0\.', training.text)) == 1
 
 
 def pixels(event):
     return pil_to_tensor(Image.open(io.BytesIO(event.encoded_image_string)).convert('RGB')).int()
 
 
-def test_best_weights_are_kept(small, run, tmp_path):
-    run('colorize.py', *small)
-    checkpoint = torch.load(tmp_path / 'runs/UNet/checkpoint.pth', weights_only=True)
-    losses = [value for _, value in series(events(tmp_path / 'runs/UNet'), 'validation loss')]
-    assert checkpoint['progress']['best'] == pytest.approx(min(losses))
-    # a third epoch with a ruinous learning rate changes the checkpoint but not the weights
-    weights = (tmp_path / 'unet.pth').read_bytes()
-    run('colorize.py', *small, '--epochs', 3, '--lr', 0.3, '--resume')
-    assert (tmp_path / 'unet.pth').read_bytes() == weights
-    checkpoint = torch.load(tmp_path / 'runs/UNet/checkpoint.pth', weights_only=True)
-    assert checkpoint['progress']['epoch'] == 3
+def test_tensorboard_has_scalars_grids_graph_and_settings(trained):
+    page = events(trained / 'runs/UNet')
+    assert set(page.Tags()['scalars']) == TAGS
+    for tag in TAGS:
+        assert [step for step, _ in series(page, tag)] == [1, 2]
+    for tag in IMAGES:
+        assert [event.step for event in page.Images(tag)] == [1, 2]
+    first, last = ([pixels(page.Images(tag)[n]) for tag in ('Input', 'Ground truth', 'Predicted')]
+                   for n in (0, 1))
+    assert torch.equal(first[0], last[0]) and torch.equal(first[1], last[1])
+    assert not torch.equal(first[2], last[2])
+    # the input is undone from [-1, 1]: it is the truth's own gray, but for the JPEG's losses
+    gray, truth = first[0].float(), first[1].float()
+    luma = 0.299 * truth[0] + 0.587 * truth[1] + 0.114 * truth[2]
+    assert (gray - luma).abs().mean() < 2 and luma.std() > 20
+    nodes = {node.name for node in page.Graph().node}
+    for n in 1, 2, 3:
+        for block in f'downsample_block_{n}', f'upsample_block_{n}':
+            assert any(block in node for node in nodes)
 
 
-def test_a_second_run_keeps_the_first_one_s_curves_and_weights(small, run, tmp_path):
-    one = [*small, '--epochs', 1]
-    run('colorize.py', *one)
-    weights = (tmp_path / 'unet.pth').read_bytes()
-    done = run('colorize.py', *one, '--seed', 1)
-    assert 'logging in runs/UNet_2' in done.stdout
-    assert 'the unet.pth that was here is now unet_1.pth' in done.stdout
-    assert (tmp_path / 'unet_1.pth').read_bytes() == weights
-    assert (tmp_path / 'unet.pth').read_bytes() != weights
-    # also where the first run goes on after the second
-    other = (tmp_path / 'unet.pth').read_bytes()
-    run('colorize.py', *small, '--epochs', 4, '--resume')
-    assert (tmp_path / 'unet_2.pth').read_bytes() == other
-    for name, epochs in ('UNet', 4), ('UNet_2', 1):
-        assert len(series(events(tmp_path / 'runs' / name), 'training loss')) == epochs
+def test_without_validation_the_last_weights_are_saved(train, tmp_path):
+    assert '56 photos to train on, 0 held out' in train('--val_fraction', 0, '--epochs', 2).out
+    weights = load(tmp_path / 'unet.pth')
+    assert all(torch.equal(weights[name], value)
+               for name, value in load(tmp_path / CHECKPOINT)['net'].items())
+    assert 'validation loss' not in curves(tmp_path)
 
 
-def test_without_validation_the_last_weights_are_saved(small, run, tmp_path):
-    done = run('colorize.py', *small, '--val_fraction', 0)
-    assert '56 photos to train on, 0 held out' in done.stdout
-    checkpoint = torch.load(tmp_path / 'runs/UNet/checkpoint.pth', weights_only=True)
-    weights = torch.load(tmp_path / 'unet.pth', weights_only=True)
-    assert all(torch.equal(weights[name], value) for name, value in checkpoint['net'].items())
-    assert 'validation loss' not in events(tmp_path / 'runs/UNet').Tags()['scalars']
+def test_a_dry_run_goes_through_everything_and_keeps_nothing(train, tmp_path):
+    printed = train('--dry_run')
+    assert '8 photos to train on' in printed.out and 'validation loss' in printed.out
+    assert list(tmp_path.iterdir()) == [] and printed.err == ''
 
 
-def test_a_dry_run_goes_through_everything_and_keeps_nothing(drawings, run, tmp_path):
-    done = run('colorize.py', '--data_path', drawings, '--dry_run', '--device', 'cpu',
-               '--image_size', 32)
-    assert '8 photos to train on' in done.stdout and 'validation loss' in done.stdout
-    assert list(tmp_path.iterdir()) == [] and done.stderr == ''
-
-
-def test_a_tiny_run_learns(drawings, tmp_path, run):
+def test_a_tiny_run_learns(train, tmp_path):
     """The script is its own test: it must get somewhere."""
-    run('colorize.py', '--data_path', drawings, '--image_size', 32, '--batch_size', 8,
-        '--epochs', 8, '--val_fraction', 0.25, '--device', 'cpu')
-    page = events(tmp_path / 'runs/UNet')
-    gray = series(page, 'PSNR/gray copy')[-1][1]
-    assert series(page, 'PSNR/prediction')[-1][1] > gray + 1
-    assert series(page, 'PSNR/with luminance')[-1][1] > gray + 1
+    train('--batch_size', 8, '--epochs', 8)
+    curve = curves(tmp_path)
+    # a network that learns nothing, or only gray, is not better than the gray copy
+    assert curve[GAIN][-1][1] > 0.5
+    assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
 
 
-def test_a_demo_that_does_not_learn_says_so(run, drawings, tmp_path):
+def test_a_demo_that_does_not_learn_says_so(train, drawings, tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/demo').symlink_to(drawings)
-    done = run('colorize.py', '--demo', '--epochs', 1, '--lr', 1e-9, '--device', 'cpu', code=1)
-    assert re.search(r'does not colorize: -?\d+\.\d dB over the grey copy, not 3', done.stderr)
+    printed = train('--demo', '--data_path', 'data/demo', '--epochs', 1, '--lr', 1e-9, code=1)
+    assert 'the demo should be 3 dB better than the gray copy' in printed.err
     assert (tmp_path / 'unet.pth').exists()
 
 
-def test_photos_that_cannot_be_read_are_named_and_counted(small, run, drawings, tmp_path):
+@pytest.mark.parametrize('way', [[], ['--stream']], ids=['in memory', 'streaming'])
+def test_photos_that_cannot_be_read_are_named_and_counted(train, drawings, tmp_path, way):
     data = tmp_path / 'data'
     data.mkdir()
     for n, photo in enumerate(sorted(drawings.rglob('*.jpg'))[:30]):
         (data / f'{n}.jpg').symlink_to(photo)
     (data / 'words.jpg').write_text('not a photo')
     (data / 'empty.png').touch()
-    for stream in [], ['--stream']:
-        done = run('colorize.py', *small, '--data_path', data, '--name', 'bad', *stream)
-        assert sorted(line for line in done.stderr.splitlines() if 'skipped' in line) == [
-            "skipped 'empty.png': no photo that Pillow can read",
-            "skipped 'words.jpg': no photo that Pillow can read"]
-        assert '2 of 32 photos could not be read and were skipped' in done.stdout
+    printed = train('--data_path', data, '--epochs', 1, *way)
+    assert printed.err.splitlines() == ["skipped 'empty.png': no photo that Pillow can read",
+                                        "skipped 'words.jpg': no photo that Pillow can read"]
+    assert (tmp_path / 'runs/UNet/skipped.txt').read_text().splitlines() == [
+        line.removeprefix('skipped ') for line in printed.err.splitlines()]
 
 
-def test_streaming_gives_the_same_weights(small, run, tmp_path):
-    weights = []
-    for flags in [], ['--stream'], ['--stream', '--num_workers', 0]:
-        run('colorize.py', *small, *flags)
-        weights.append((tmp_path / 'unet.pth').read_bytes())
-    assert weights[0] == weights[1] == weights[2]
+def test_streaming_gives_the_same_weights(train, tmp_path, monkeypatch):
+    train('--epochs', 2)
+    in_memory = (tmp_path / WEIGHTS).read_bytes()
+    for workers in 0, 2:
+        train('--epochs', 2, '--stream', '--num_workers', workers, '--name', f'{workers}')
+        assert (tmp_path / f'runs/{workers}/unet.pth').read_bytes() == in_memory
+    # as a run does by itself where the photos do not fit
+    monkeypatch.setattr(data_utils, 'free_memory', lambda device: 100_000)
+    assert 'streaming the photos' in train('--epochs', 2, '--name', 'full').out
+    assert (tmp_path / 'runs/full/unet.pth').read_bytes() == in_memory
+
+
+def test_a_compiled_network_trains_and_saves_plain_weights(train, tmp_path, monkeypatch):
+    """With Dynamo's graphs run as they are: a C++ compiler would take minutes over them."""
+    graphs, compile_ = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend('aot_eager')
+    monkeypatch.setattr(torch.nn.Module, 'compile', partialmethod(compile_, backend=backend))
+    monkeypatch.setattr(device, 'check_compiler', lambda _: None)
+    train('--epochs', 1)
+    assert graphs == []
+    train('--epochs', 1, '--compile', '--name', 'compiled')
+    plain, compiled = load(tmp_path / WEIGHTS), load(tmp_path / 'runs/compiled/unet.pth')
+    assert plain.keys() == compiled.keys() and graphs
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_a_run_in_float16_goes_on_with_its_scaler(train, tmp_path):
+    half = '--precision', 'fp16'
+    train(*half, '--epochs', 2, '--name', 'whole')
+    with signal_after(4):
+        train(*half, '--epochs', 2, code=128 + signal.SIGTERM)
+    scaler = load(tmp_path / CHECKPOINT)['scaler']
+    assert scaler['_growth_tracker'] == 4 and scaler['scale'] == 65536
+    with signal_after(None) as made:
+        train(*half, '--epochs', 2, '--resume')
+    assert len(made) == 2
+    assert load(tmp_path / CHECKPOINT)['scaler']['_growth_tracker'] == 6
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / 'runs/whole/unet.pth').read_bytes()
+
+
+# ---------------------------------------------------------------------------- the weights
+
+def test_best_weights_are_kept(train, tmp_path):
+    train('--epochs', 2)
+    best = min(value for _, value in curves(tmp_path)['validation loss'])
+    assert load(tmp_path / CHECKPOINT)['progress']['best'] == pytest.approx(best)
+    # a third epoch with a ruinous learning rate changes the checkpoint but not the weights
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    train('--epochs', 3, '--lr', 0.3, '--resume')
+    assert load(tmp_path / CHECKPOINT)['progress']['epoch'] == 3
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / 'unet.pth').read_bytes() == weights
+
+
+def test_every_run_keeps_its_weights_and_unet_pth_is_the_latest_one_s(train, tmp_path):
+    def weights():
+        return [(tmp_path / name).read_bytes()
+                for name in ('unet.pth', WEIGHTS, 'runs/UNet_2/unet.pth')]
+
+    train('--epochs', 1)
+    assert 'logging in runs/UNet_2' in train('--epochs', 1, '--seed', 1).out
+    latest, first, second = weights()
+    assert latest == second != first
+    train('--epochs', 2, '--resume')
+    latest, first_goes_on, still = weights()
+    assert latest == first_goes_on != first and still == second
+    assert sorted(path.name for path in tmp_path.glob('*')) == ['runs', 'unet.pth']
+    assert [step for step, _ in curves(tmp_path)['training loss']] == [1, 2]
+
+
+def test_weights_from_elsewhere_are_renamed_and_kept(train, tmp_path):
+    for number in 1, 2:
+        (tmp_path / 'unet.pth').write_bytes(b'%d' % number)
+        assert f'unet_{number}.pth' in train('--epochs', 1).out
+        assert (tmp_path / f'unet_{number}.pth').read_bytes() == b'%d' % number
+    assert (tmp_path / 'unet.pth').read_bytes() == (tmp_path / 'runs/UNet_2/unet.pth').read_bytes()
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -287,7 +348,7 @@ def test_streaming_gives_the_same_weights(small, run, tmp_path):
     (['--data_path', 'empty'], ['empty', 'no photos']),
     (['--data_path', 'three', '--val_fraction', '0.01'], ['--val_fraction 0.01', '3 photos']),
     (['--data_path', 'three', '--val_fraction', '1'], ['--val_fraction', 'below 1']),
-    (['--data_path', 'three', '--val_fraction', '0'], ['none of the photos could be read']),
+    (['--data_path', 'three', '--val_fraction', '0'], ['no training photo', 'Pillow']),
     (['--batch_size', '0'], ['--batch_size', '0 is not a whole number above 0']),
     (['--batch_size', 'many'], ['--batch_size', 'many is not']),
     (['--epochs', '-1'], ['--epochs', '-1 is not']),
@@ -303,32 +364,14 @@ def test_streaming_gives_the_same_weights(small, run, tmp_path):
     pytest.param(['--device', 'cuda'], ['--device cuda', 'nvidia-smi', '--device cpu'],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
 ])
-def test_a_wrong_request_gets_one_line(run, tmp_path, flags, names):
+def test_a_wrong_request_gets_one_line(tmp_path, capfd, flags, names):
     (tmp_path / 'file.jpg').touch()
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'three').mkdir()
     for n in range(3):
         (tmp_path / f'three/{n}.jpg').write_text('no photo')
-    done = run('colorize.py', *flags, '--image_size', 8, *flags[:2], code=2)
-    lines = [line for line in done.stderr.splitlines() if 'skipped' not in line]
+    assert call(tmp_path, *flags, '--image_size', 8, *flags[:2]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if 'skipped' not in line]
     assert len(lines) == 1 and lines[0].startswith('colorize.py: ')
     assert all(name in lines[0] for name in names), lines
-    assert not (tmp_path / 'unet.pth').exists()
-
-
-def test_a_log_file_stays_quiet_and_a_terminal_sees_a_bar(small, tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        os.execv(sys.executable, [sys.executable, str(ROOT / 'colorize.py'), *map(str, small)])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 25, 120, 0, 0))
-    shown = b''
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            shown += os.read(terminal, 4096)
-        except OSError:  # the other end is closed
-            break
-    os.waitpid(pid, 0)
-    assert b'reading photos' in shown and b'epoch 1:' in shown
-    assert shown.count(b'epoch 2/2') == 1
+    assert not list(tmp_path.rglob('*.pth'))

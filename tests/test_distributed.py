@@ -4,29 +4,34 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from browser import TAGS
-from conftest import ROOT
-from test_colorize import events, series
+from helpers import CHECKPOINT, FLAGS, ROOT, TAGS, WEIGHTS, call, events, load, series
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+# of the 43 photos, the last batch has one: all processes but one get none of it
+BATCHES = ['--batch_size', '14', '--precision', 'fp32', '--resume']
 
 
-@pytest.fixture
-def flags(small):
-    return [str(word) for word in [*small, '--precision', 'fp32', '--epochs', 1, '--resume']]
+@pytest.fixture(scope='module')
+def flags(drawings):
+    return ['--data_path', str(drawings), *FLAGS, *BATCHES]
 
 
-def weights(folder):
-    return torch.load(folder / 'unet.pth', weights_only=True)
+@pytest.fixture(scope='module')
+def whole(flags, tmp_path_factory):
+    """The folder of a run of two processes that nothing stopped."""
+    folder = tmp_path_factory.mktemp('whole')
+    done = torchrun(2, folder, *flags)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def difference(a, b):
+    """Return the largest difference between the weights of the runs in two folders."""
+    a, b = load(a / CHECKPOINT)['net'], load(b / CHECKPOINT)['net']
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
@@ -36,29 +41,25 @@ def torchrun(processes, folder, *words):
                            *words], cwd=folder, capture_output=True, text=True, timeout=240)
 
 
-def test_any_number_of_processes_gives_the_same_run(flags, tmp_path, run):
-    flags += ['--batch_size', '14']  # 43 photos: of the last batch, all but one process get none
-    alone = tmp_path / 'alone'
+def test_any_number_of_processes_gives_the_same_run(flags, tmp_path):
+    """Three processes that stream give what one gives, and two go on from there."""
+    alone, three = tmp_path / 'alone', tmp_path / 'three'
     alone.mkdir()
-    lines = run('colorize.py', *flags, cwd=alone).stdout.splitlines()
-    for processes, more in (2, []), (3, ['--stream']):
-        folder = tmp_path / str(processes)
-        done = torchrun(processes, folder, *flags, *more)
-        assert done.returncode == 0, done.stderr
-        # one process prints, logs and saves
-        assert done.stdout.count('epoch 1/1') == done.stdout.count('the weights are in') == 1
-        assert len(list((folder / 'runs/UNet').glob('events*'))) == 1
-        assert difference(weights(alone), weights(folder)) < 1e-5
-        ours, theirs = (events(f / 'runs/UNet') for f in (alone, folder))
-        for tag in TAGS - {'photos per second'}:
-            assert series(ours, tag) == [(1, pytest.approx(series(theirs, tag)[0][1], rel=1e-4))]
-    assert any('43 photos to train on, 13 held out' in line for line in lines)
-
-    # what two processes began, three end
-    done = torchrun(3, tmp_path / '2', *flags, '--epochs', '2')
+    assert call(alone, *flags, '--epochs', 1) == 0
+    done = torchrun(3, three, *flags, '--epochs', '1', '--stream')
     assert done.returncode == 0, done.stderr
-    run('colorize.py', *flags, '--epochs', 2, cwd=alone)
-    assert difference(weights(alone), weights(tmp_path / '2')) < 1e-4
+    # one process prints, logs and saves
+    assert done.stdout.count('Next:') == done.stdout.count(' 1/1 ') == 1
+    assert len(list((three / 'runs/UNet').glob('events*'))) == 1
+    assert difference(alone, three) < 1e-5
+    ours, theirs = (events(folder / 'runs/UNet') for folder in (alone, three))
+    for tag in TAGS - {'photos per second'}:
+        assert series(ours, tag) == [(1, pytest.approx(series(theirs, tag)[0][1], rel=1e-3))]
+
+    done = torchrun(2, three, *flags, '--epochs', '2')
+    assert done.returncode == 0, done.stderr
+    assert call(alone, *flags, '--epochs', 2) == 0
+    assert difference(alone, three) < 1e-4
 
 
 def worker(rank, parent):
@@ -93,44 +94,44 @@ def launched(folder, *command):
                 end(launcher)
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='needs /proc')
-def test_a_killed_process_is_restarted_and_nothing_is_lost(flags, tmp_path):
-    flags = [*flags, '--epochs', '4']
-    assert torchrun(2, tmp_path / 'whole', *flags).returncode == 0
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='needs /proc')
+
+
+def lines_until_the_end(launcher, number):
+    """Read the lines of a torchrun, and signal its process of rank 1 after the first epoch."""
+    lines = []
+    for line in launcher.stdout:
+        lines.append(line)
+        if ' 1/4 ' in line and sum(' 1/4 ' in line for line in lines) == 1:
+            os.kill(worker(1, launcher.pid), number)
+    return lines
+
+
+@needs_proc
+def test_a_killed_process_is_restarted_and_nothing_is_lost(flags, whole, tmp_path):
     with launched(tmp_path / 'killed', *TORCHRUN, '--nproc_per_node=2', '--max-restarts=1',
                   ROOT / 'colorize.py', *flags) as launcher:
-        lines = []
-        for line in launcher.stdout:
-            lines.append(line)
-            if line.startswith('epoch 1/4') and lines.count(line) == 1:
-                os.kill(worker(1, launcher.pid), signal.SIGKILL)
-        assert launcher.wait(60) == 0, ''.join(lines)
-    output = ''.join(lines)
-    assert sum('photos to train on' in line for line in lines) == 2, output  # started twice
-    assert difference(weights(tmp_path / 'whole'), weights(tmp_path / 'killed')) == 0
-    whole, killed = (events(tmp_path / name / 'runs/UNet') for name in ('whole', 'killed'))
+        output = ''.join(lines_until_the_end(launcher, signal.SIGKILL))
+        assert launcher.wait(60) == 0, output
+    assert output.count('photos to train on') == 2, output  # started twice
+    assert difference(whole, tmp_path / 'killed') == 0
+    ours, killed = (events(folder / 'runs/UNet') for folder in (whole, tmp_path / 'killed'))
     for tag in TAGS - {'photos per second'}:
-        assert series(killed, tag) == series(whole, tag)
+        assert series(killed, tag) == series(ours, tag)
 
 
-def test_a_stop_reaches_all_processes_at_the_same_step(flags, tmp_path):
-    (tmp_path / 'whole').mkdir()
-    flags = [*flags, '--epochs', '3']
-    with launched(tmp_path / 'stopped', *TORCHRUN, '--nproc_per_node=2', ROOT / 'colorize.py',
+@needs_proc
+def test_a_stop_reaches_all_processes_at_the_same_step(flags, whole, tmp_path):
+    stopped = tmp_path / 'stopped'
+    with launched(stopped, *TORCHRUN, '--nproc_per_node=2', ROOT / 'colorize.py',
                   *flags) as launcher:
-        lines = []
-        for line in launcher.stdout:
-            lines.append(line)
-            if line.startswith('epoch 1/3'):
-                time.sleep(0.1)
-                os.kill(worker(1, launcher.pid), signal.SIGTERM)  # one is told, both stop
-    output = ''.join(lines)
+        output = ''.join(lines_until_the_end(launcher, signal.SIGTERM))  # one is told, both stop
     assert output.count('stopped in epoch') == 1, output
     assert 'colorize.py", line' not in output  # a traceback, but for torchrun's own
-    done = torchrun(2, tmp_path / 'stopped', *flags)
+    done = torchrun(2, stopped, *flags)
     assert done.returncode == 0, done.stderr
-    assert torchrun(2, tmp_path / 'whole', *flags).returncode == 0
-    assert difference(weights(tmp_path / 'whole'), weights(tmp_path / 'stopped')) == 0
+    assert difference(whole, stopped) == 0
+    assert (whole / WEIGHTS).read_bytes() == (stopped / WEIGHTS).read_bytes()
 
 
 def test_a_process_that_fails_ends_the_others_with_its_reason(flags, tmp_path):

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 from browser import (
-    TAGS,
     browser,
     free_port,
     graph,
@@ -16,8 +15,7 @@ from browser import (
     settings,
     started,
 )
-from conftest import ROOT
-from test_readme import readme
+from helpers import ROOT, TAGS, readme
 
 pytestmark = needs_browser
 
@@ -45,10 +43,12 @@ def test_scalars(page):
 
 
 def test_images(page):
-    # 16 photos of 32 pixels in a grid of four, with lines of two pixels
-    assert images(*page) == {'Input': ('UNet', 138, 138, False),
-                             'Predicted': ('UNet', 138, 138, True),
-                             'Ground truth': ('UNet', 138, 138, True)}
+    # photos of 32 pixels at four times their size, with gaps of four: 16 in a grid of four,
+    # and of every other one gray, colorized and truth, in two columns
+    assert images(*page) == {'Input': ('UNet', 532, 532, False),
+                             'Predicted': ('UNet', 532, 532, True),
+                             'Ground truth': ('UNet', 532, 532, True),
+                             'Colorized': ('UNet', 780, 532, True)}
 
 
 def test_graph(page):
@@ -60,4 +60,4 @@ def test_graph(page):
 def test_settings(page):
     names, values = settings(*page)
     assert {'batch_size', 'epochs', 'image_size', 'lr', 'val_fraction', 'seed'} <= names
-    assert values.items() >= {'Trial ID': 'UNet', 'batch_size': '16.000', 'device': 'cpu'}.items()
+    assert values.items() >= {'Trial ID': 'UNet', 'batch_size': '16', 'epochs': '2'}.items()

@@ -345,7 +345,10 @@ class RunFolder:
             raise UsageError(f'another process is training in {self.path}; wait for its end, or '
                              'give another --name')
         for leftover in self.path.glob('*.tmp'):  # of a run that was killed
-            leftover.unlink()
+            if self.latest.exists() and leftover.read_bytes() == self.latest.read_bytes():
+                os.replace(leftover, self.weights)  # between the renames of save_weights
+            else:
+                leftover.unlink()
 
     def make(self, name, resume):
         """Make the folder, and return its path."""
@@ -369,7 +372,7 @@ class RunFolder:
                        f'{backup_existing(self.latest).name}')
             for leftover in self.latest.parent.glob(f'{self.latest.name}.*.tmp'):
                 leftover.unlink()
-            atomic_save(plain_state_dict(net), self.weights, self.latest)
+            atomic_save(plain_state_dict(net), self.latest, self.weights)
 
     def is_latest(self):
         """Tell whether the latest weights are this run's."""
