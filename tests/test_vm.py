@@ -307,7 +307,7 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, login, drawings, tmp_p
     end = from_page("nohup sh -c 'python colorize.py --resume && sudo shutdown -h now' "
                  '> colorize.log 2>&1 &')
     laptop.type_there(cd, without_shutdown(end))
-    assert until((there / 'off').exists, True)
+    assert until((there / 'off').exists, True, 120)
     assert 'this run is finished' in (there / 'colorize.log').read_text()
 
 
@@ -319,7 +319,7 @@ def test_tmux(laptop, vm, login, drawings):
 
     def screen():
         return laptop.type_there('tmux capture-pane -J -p -t colorize')
-    assert until(lambda: 'the weights are in unet.pth' in screen(), True, 60), screen()
+    assert until(lambda: 'tensorboard --logdir runs' in screen(), True, 120), screen()
     said = laptop.type_there(
         cd, without_shutdown(from_page('python colorize.py --resume && sudo shutdown -h now')))
     assert 'this run is finished' in said
