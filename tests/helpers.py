@@ -286,19 +286,3 @@ class TemplateUNet(nn.Module):
             x = block.conv_block(torch.cat([block.upsample(x), skips.pop()], 1))
         return self.last_conv(x)
 
-
-# ---------------------------------------------------------------------------- README
-
-def commands(*pages):
-    """Yield the commands in the bash blocks of the pages, of README.md and docs/ by default."""
-    for page in pages or (ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))):
-        for block in re.findall(r'^```bash\n([^`]*?)^```$', page.read_text('utf-8'), re.MULTILINE):
-            for line in re.sub(r' *\\\n *', ' ', block).splitlines():
-                if line := re.sub(r'(^| +)# .*', '', line):
-                    yield line
-
-
-def readme(command):
-    """Return a command of README.md or docs/, with colorize.py made small: its flags win."""
-    assert command in commands(), f'{command!r} is in no page'
-    return command.replace('colorize.py', f'colorize.py {SMALL}')

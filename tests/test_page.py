@@ -15,7 +15,8 @@ from browser import (
     settings,
     started,
 )
-from helpers import ROOT, TAGS, readme
+from helpers import ROOT, TAGS
+from pages import from_page
 
 pytestmark = needs_browser
 
@@ -26,10 +27,10 @@ def page(drawings, tmp_path_factory):
     home = tmp_path_factory.mktemp('page')
     (home / 'data').mkdir()
     (home / 'data/landscapes').symlink_to(drawings)
-    train = readme('python colorize.py').replace('python ', f'{sys.executable} {ROOT}/')
+    train = from_page('python colorize.py').replace('python ', f'{sys.executable} {ROOT}/')
     subprocess.run(train.split(), cwd=home, check=True, timeout=300)
     port, log = free_port(), home / 'tensorboard.log'
-    show = readme('tensorboard --logdir runs --port 8898').replace('8898', str(port))
+    show = from_page('tensorboard --logdir runs --port 8898').replace('8898', str(port))
     words = [sys.executable, '-m', 'tensorboard.main', *show.split()[1:]]
     url = f'http://localhost:{port}'
     with (started(words, log, cwd=home, env=os.environ | dict(TMPDIR=str(home))) as tensorboard,

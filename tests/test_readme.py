@@ -1,27 +1,21 @@
-"""README.md keeps up with the programs: what it tells to type is run by a test, from its text."""
-import ast
+"""README.md and docs/ keep up with the programs: a test runs what they tell to type."""
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from checkpoint import load_weights
-from conftest import ROOT
+from pages import PAGES, README, ROOT, arguments, blocks, commands, runners
 
 import colorize
 import predict
 from unet import UNet
+from utils.checkpoint import load_weights
+from utils.device import available_cpus
 
-TEXT = (ROOT / 'README.md').read_text('utf-8')
-BLOCKS = re.findall(r'^```(.*)\n([^`]*?)^```$', TEXT, re.MULTILINE)
-
-SMALL = ('--epochs 2 --image_size 32 --batch_size 16 --val_fraction 0.25 --device cpu '
-         '--num_workers 2')
-# the commands that no test takes from the README, and why
+# the commands that no test takes from a page, and why
 ELSEWHERE = {
     'pip install -r requirements.txt && python colorize.py --demo': '.ci/run runs it',
     'pip install -r tests/requirements.txt && python -m pytest': '.ci/run runs it',
@@ -32,62 +26,65 @@ ELSEWHERE = {
 }
 
 
-def commands():
-    """The commands in the README's blocks, in order."""
-    for language, block in BLOCKS:
-        if language == 'bash':
-            for line in re.sub(r' *\\\n *', ' ', block).splitlines():
-                if line := re.sub(r'(^| +)# .*', '', line):
-                    yield line
+def is_skipped(item):
+    return (item.get_closest_marker('skip') is not None
+            or any(all(mark.args) for mark in item.iter_markers('skipif')))
 
 
-def readme(command):
-    """A command of the README, with colorize.py made small: flags that stand there win."""
-    assert command in commands()
-    return command.replace('colorize.py', f'colorize.py {SMALL}')
-
-
-def taken():
-    """The commands that tests take from the README: what they call `readme` with."""
-    for path in ROOT.glob('tests/test_*.py'):
-        for node in ast.walk(ast.parse(path.read_text('utf-8'))):
-            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'readme':
-                yield ast.literal_eval(node.args[0])
-
-
-def words_after(program):
-    """The arguments of every call of a program that the README shows, in blocks and in text."""
-    code = [*commands(), *re.findall(r'`([^`\n]+)`', TEXT)]
-    for call in re.findall(rf"{program}((?: [^;&|>#'\n]+)?)", '\n'.join(code)):
-        yield shlex.split(call)
+def test_each_command_is_run_by_a_test(request):
+    tests = runners()
+    told = {command for command in commands() if not command.startswith('gcloud ')}
+    assert told == {*tests, *ELSEWHERE}
+    # being named in a test that is skipped, or not asked for, is not being run
+    running = {(item.path.name, item.originalname) for item in request.session.items
+               if not is_skipped(item)}
+    if missed := [command for command in tests if not tests[command] & running]:
+        pytest.skip(f'the tests that run these are skipped here: {"; ".join(missed)}')
 
 
 def test_blocks_are_commands_or_say_what_they_are():
-    assert TEXT.count('\n```') == 2 * len(BLOCKS)
-    assert {language for language, _ in BLOCKS} <= {'bash', 'python', 'text'}
-
-
-def test_each_command_is_run_by_a_test():
-    here = {command for command in commands() if not command.startswith('gcloud ')}
-    assert here == {*taken(), *ELSEWHERE}
+    for path, text in PAGES.items():
+        assert text.count('\n```') == 2 * len(blocks(text)), path
+        assert {language for language, _ in blocks(text)} <= {'bash', 'python', 'text'}, path
 
 
 def test_each_call_of_colorize_is_understood():
-    calls = list(words_after(r'(?:python|torchrun) .*?colorize\.py'))
+    calls = list(arguments(r'(?:python|torchrun) .*?colorize\.py'))
     assert ['--demo'] in calls
+    assert ['--name', 'spot', '--resume', '--data_path', '~/colorize/data/landscapes'] in calls
     for words in calls:
         colorize.parse_args(words)
 
 
 def test_each_call_of_predict_is_understood():
-    calls = list(words_after(r'python predict\.py'))
+    calls = list(arguments(r'python predict\.py'))
     assert ['old_photo.jpg'] in calls
     for words in calls:
         predict.parse_args(words)
 
 
-@pytest.mark.parametrize('code', [block for language, block in BLOCKS if language == 'python'])
-def test_the_python_of_the_page_runs(code, drawings, tmp_path):
+def test_the_table_of_flags_has_the_defaults():
+    table = re.findall(r'^\| `--(\w+)` \|(.*?)\|', README, re.MULTILINE)
+    rows = {flag: default.strip(' `') for flag, default in table}
+    defaults = vars(colorize.parse_args([]))
+    assert rows.keys() == defaults.keys()
+    assert rows.pop('num_workers') == 'up to 8'
+    assert defaults.pop('num_workers') == min(8, available_cpus())
+    for flag, default in rows.items():
+        assert (type(defaults[flag])(default) if default else False) == defaults[flag], flag
+
+
+def python_blocks():
+    """Yield the Python code of all pages but the notebook's, which test_colab.py runs."""
+    for path, text in PAGES.items():
+        if path.name != 'colab.md':
+            for number, (language, block) in enumerate(blocks(text)):
+                if language == 'python':
+                    yield pytest.param(block, id=f'{path.name}-{number}')
+
+
+@pytest.mark.parametrize('code', list(python_blocks()))
+def test_the_python_of_the_pages_runs(code, drawings, tmp_path):
     landscapes = tmp_path / 'data/landscapes'
     landscapes.mkdir(parents=True)
     for drawing in sorted(drawings.rglob('*.jpg'))[:2]:
@@ -96,26 +93,32 @@ def test_the_python_of_the_page_runs(code, drawings, tmp_path):
     torch.save(UNet().state_dict(), tmp_path / 'unet.pth')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
                           text=True, timeout=200, env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    assert (done.returncode, done.stderr) == (0, '')
+    assert done.returncode == 0, done.stderr
     if 'my_unet.pth' in code:
-        assert 0 < float(done.stdout) < 0.2
-        load_weights(tmp_path / 'my_unet.pth')
-
-
-def test_the_table_of_flags(capsys):
-    with pytest.raises(SystemExit):
-        colorize.parse_args(['--help'])
-    flags = set(re.findall(r'^  (--\w+)', capsys.readouterr().out, re.MULTILINE))
-    assert set(re.findall(r'^\| `(--\w+)`', TEXT, re.MULTILINE)) == flags
+        assert 0 < float(done.stdout.splitlines()[-1]) < 0.2
+        load_weights(UNet(), tmp_path / 'my_unet.pth')
 
 
 def test_each_file_is_there():
-    names = set(re.findall(r'(?<![\w./])[\w./]+\.(?:py|sh|txt|png)\b', TEXT))
-    assert 'docs/tensorboard_graph.png' in names
-    assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+    for path, text in PAGES.items():
+        text = re.sub(r'https?://[^\s)]+', '', text)
+        names = set(re.findall(r'(?<![\w./~-])[\w./-]+\.(?:py|sh|txt|png|md|ipynb)\b', text))
+        assert [name for name in sorted(names)
+                if not (path.parent / name).exists() and not (ROOT / name).exists()] == [], path
 
 
-def test_links_within_the_page():
-    headings = re.findall(r'^#+ (.*)$', TEXT, re.MULTILINE)
-    anchors = {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings}
-    assert set(re.findall(r'\]\(#(.*?)\)', TEXT)) <= anchors
+def test_links_lead_somewhere():
+    anchors = {path: {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-')
+                      for heading in re.findall(r'^#+ (.*)$', text, re.MULTILINE)}
+               for path, text in PAGES.items()}
+    assert '](docs/gpu_vm.md)' in README
+    for path, text in PAGES.items():
+        for link in re.findall(r'\]\((?!https?://)(.*?)\)', text):
+            name, _, anchor = link.partition('#')
+            target = (path.parent / name).resolve() if name else path
+            assert target.exists(), (path, link)
+            assert not anchor or anchor in anchors[target], (path, link)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
