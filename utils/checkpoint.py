@@ -1,5 +1,6 @@
 """What makes a run impossible to lose: atomic files, checkpoints, and stopping when asked."""
 import contextlib
+import errno
 import io
 import itertools
 import math
@@ -38,6 +39,8 @@ def atomic_save(content, *paths):
     try:
         for path in paths:
             target = os.path.realpath(path)
+            if os.path.exists(target) and not os.path.isfile(target):  # as root, even /dev/null
+                raise OSError(errno.EEXIST, 'it is no regular file, and is not replaced')
             # a name of its own, because another process may write to the same target
             temporary = f'{target}.{uuid.uuid4().hex[:8]}.tmp'
             written.append((temporary, target))
@@ -330,9 +333,7 @@ class RunFolder:
 
     def __init__(self, home, name, resume):
         self.runs, self.latest = home / 'runs', home / 'unet.pth'
-        if self.latest.is_dir():
-            raise UsageError(f'{self.latest} is a folder, but the weights need that name; '
-                             'move it away')
+        self.refuse_other_kinds(self.latest)
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
             self.path = self.make(name, resume)
@@ -340,12 +341,22 @@ class RunFolder:
             raise UsageError(f'{error.filename} is a file where a folder is needed; move it away, '
                              'or give another --name') from error
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
+        self.refuse_other_kinds(self.checkpoint, self.weights, self.path / '.lock',
+                                self.runs / '.lock')
         self.lock = lock(self.path / '.lock')
         if not self.lock:
             raise UsageError(f'another process is training in {self.path}; wait for its end, or '
                              'give another --name')
         for leftover in self.path.glob('*.tmp'):  # of a run that was killed
             leftover.unlink()
+
+    @staticmethod
+    def refuse_other_kinds(*paths):
+        """Raise UsageError if there is a folder, a pipe or a device at one of the paths."""
+        for path in paths:
+            if path.exists() and not path.is_file():
+                kind = 'a folder' if path.is_dir() else 'no regular file'
+                raise UsageError(f'{path} is {kind}, but a run needs that name; move it away')
 
     def make(self, name, resume):
         """Make the folder, and return its path."""
@@ -377,7 +388,8 @@ class RunFolder:
 
     def is_in_a_run(self, weights):
         """Tell whether some run's folder has these weights (bytes)."""
-        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth'))
+        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth')
+                   if path.is_file())
 
 
 # ---------------------------------------------------------------------------- stopping
