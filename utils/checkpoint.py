@@ -247,7 +247,7 @@ class State:
 
     def restore(self, checkpoint):
         """Take over what load_checkpoint returned."""
-        self.net.load_state_dict(checkpoint['net'])
+        self.net.load_state_dict(dict(checkpoint['net']))  # without its metadata
         parameters = dict(enumerate(self.net.parameters()))
         # Adam's kernels need its averages in the memory layout of the weights
         averages = {index: {name: value if name == 'step' else
