@@ -130,7 +130,8 @@ def describe_mismatch(found, expected, name=''):
             value, dict)) for key, value in expected.items())
         return next(filter(None, mismatches), '')
     if isinstance(expected, torch.Tensor):
-        if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
+        if (type(found) not in (torch.Tensor, torch.nn.Parameter) or found.is_nested
+                or found.layout != torch.strided or found.is_meta):
             return f'{name} is no plain tensor'
         if found.shape != expected.shape:
             return f'{name} is {tuple(found.shape)}, not {tuple(expected.shape)}'
