@@ -124,8 +124,8 @@ def describe_mismatch(found, expected, name=''):
             return f'{name or "it"} is a {type(found).__name__}, not a dict'
         for key in sorted(map(str, expected.keys() - found.keys())):
             return f'it has no {name}{key}'
-        for key in sorted(map(str, found.keys() - expected.keys())):
-            return f'it has {name}{key}'
+        for key in found.keys() - expected.keys():
+            return f'it has {name}{brief(key)}'
         mismatches = (describe_mismatch(found[key], value, f'{name}{key}' + '.' * isinstance(
             value, dict)) for key, value in expected.items())
         return next(filter(None, mismatches), '')
@@ -139,8 +139,15 @@ def describe_mismatch(found, expected, name=''):
             return f'{name} is {found.dtype}, not {expected.dtype}'
         return '' if found.isfinite().all() else f'{name} is not finite'
     if type(found) is not type(expected) or found != found:
-        return f'{name} is {str(found)[:50]}'
+        return f'{name} is {brief(found)}'
     return ''
+
+
+def brief(value):
+    """Return a short text for a value from a file: nested ones could be endless."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)[:50]
+    return f'a {type(value).__name__}'
 
 
 # ---------------------------------------------------------------------------- weights
