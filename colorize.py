@@ -281,7 +281,9 @@ def run(args, argv, home, stop):
     distributed.init(place)
     saved = None
     if args.resume and is_rank0:
-        saved = checkpoint.load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet())
+        types = {name: getattr(args, name) for name in SETTINGS} | dict(photos='')
+        saved = checkpoint.load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet(),
+                                           types)
     if saved := broadcast(saved):
         args = parse_args(argv, saved['settings'])
     if args.demo and is_rank0:

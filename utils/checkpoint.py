@@ -278,10 +278,11 @@ def describe_kept(progress):
     return f'begin again with {remedy}'
 
 
-def load_checkpoint(path, net):
+def load_checkpoint(path, net, settings):
     """Return the checkpoint at `path` (a dict), or None if there is none yet.
 
-    Raises UsageError if it is not what this program writes for a network like `net`.
+    Raises UsageError if it is not what this program writes for a network like `net` and settings
+    of the types of `settings`.
     """
     if not os.path.lexists(path):
         return None
@@ -290,25 +291,23 @@ def load_checkpoint(path, net):
         checkpoint = load_tensors(path)
     except UsageError as error:
         raise UsageError(f'{error}; {remedy}') from error
-    if mismatch := describe_bad_checkpoint(checkpoint, net):
+    if mismatch := describe_bad_checkpoint(checkpoint, net, settings):
         raise UsageError(f'{path} is no checkpoint of this version of the program ({mismatch}); '
                          f'{remedy}')
     return checkpoint
 
 
-def describe_bad_checkpoint(checkpoint, net):
+def describe_bad_checkpoint(checkpoint, net, settings):
     """Return in words what in a loaded checkpoint cannot be; '' if all is well."""
     adam = {index: dict(step=torch.tensor(0.0), exp_avg=weight, exp_avg_sq=weight)
             for index, weight in enumerate(net.parameters())}
     scaler = torch.amp.GradScaler('cpu', enabled=True).state_dict()
     expected = dict(net=net.state_dict(), optimizer=adam, scaler=scaler,
-                    progress=asdict(Progress()), settings={})
+                    progress=asdict(Progress()), settings=settings)
     if isinstance(checkpoint, dict):
         for name in 'optimizer', 'scaler':  # empty before the first step, and unless in float16
             if checkpoint.get(name) == {}:
                 expected[name] = {}
-        if isinstance(checkpoint.get('settings'), dict):
-            expected['settings'] = checkpoint['settings']  # each is checked as a flag
     if mismatch := describe_mismatch(checkpoint, expected):
         return mismatch
     steps = {float(state['step']) for state in checkpoint['optimizer'].values()}
