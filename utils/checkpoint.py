@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import uuid
@@ -316,8 +317,36 @@ def describe_bad_checkpoint(checkpoint, net, settings):
     if any((state['exp_avg_sq'] < 0).any() for state in checkpoint['optimizer'].values()):
         return 'a square is negative'
     numbers = checkpoint['progress'] | checkpoint['scaler']
-    return next((f'{name} is {value}' for name, value in numbers.items()
-                 if value < 0 and name != 'best_gain' or value == math.inf and name != 'best'), '')
+    if negative := [name for name, value in numbers.items() if value < 0 and name != 'best_gain']:
+        return f'{negative[0]} is {numbers[negative[0]]}'
+    if found := checkpoint['scaler']:
+        scaler |= dict(scale=found['scale'], _growth_tracker=found['_growth_tracker'])
+        if found != scaler or not 0 < found['scale'] < math.inf:
+            return f'the gradient scaler is {list(found.values())}'
+    return describe_impossible_place(Progress(**checkpoint['progress']), checkpoint['settings'],
+                                     max(steps, default=0.0))
+
+
+def describe_impossible_place(progress, settings, made):
+    """Return in words why a run of these settings cannot have come so far; '' if it can.
+
+    `made` are the steps that the optimizer counts: those that were skipped in float16 are missing.
+    """
+    if not re.fullmatch(r'[0-9]{1,9} \([0-9a-f]{8}\)', settings['photos']):
+        return f'photos is {brief(settings["photos"])}'
+    photos = int(settings['photos'].split()[0])
+    steps = math.ceil(photos / max(1, settings['batch_size']))
+    is_new, at_start = not progress.epoch, not progress.step
+    wrong = dict(epoch=progress.epoch > settings['epochs'],
+                 step=progress.step > steps,
+                 photos=progress.photos > (0 if at_start else photos),
+                 loss_sum=at_start and progress.loss_sum or progress.loss_sum == math.inf,
+                 best=is_new and progress.best < math.inf,
+                 best_epoch=not min(1, progress.epoch) <= progress.best_epoch <= progress.epoch,
+                 best_gain=math.isinf(progress.best_gain))
+    if not made.is_integer() or made > progress.epoch * steps + progress.step:
+        return f'its weights have made {made:g} steps'
+    return next((f'{name} is {getattr(progress, name)}' for name in wrong if wrong[name]), '')
 
 
 def require_same(settings, earlier, names):
