@@ -11,6 +11,7 @@ import shutil
 import signal
 import uuid
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+LARGEST_PICKLE = 2 ** 16  # bytes; a checkpoint's has 13,000: tensors lie beside it
 
 
 # ---------------------------------------------------------------------------- files
@@ -99,6 +103,7 @@ def load_tensors(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of foreign files, which are refused here
+            refuse_bomb(path)
             return torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise UsageError(f'{path} cannot be read: {error.strerror or error}') from error
@@ -109,9 +114,23 @@ def load_tensors(path):
                 'a web page' if start.startswith(b'<') else
                 'no file of torch.save' if not start.startswith((b'pk', b'\x80')) else
                 'a pickle of more than tensors, which could run code'
-                if isinstance(error, pickle.UnpicklingError) else
+                if isinstance(error, pickle.UnpicklingError) or start.startswith(b'\x80') else
                 'a damaged or truncated file')
         raise UsageError(f'{path} is {what}; nothing in it was run') from error
+
+
+def refuse_bomb(path):
+    """Raise ValueError if reading the file could take far more memory than torch.save wrote.
+
+    It compresses nothing. In a long pickle, deeply nested tuples would overflow torch's stack.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if sum(member.file_size for member in members) > os.path.getsize(path):
+        raise ValueError('it grows when it is read')
+    if any(member.file_size > LARGEST_PICKLE for member in members
+           if member.filename.endswith('.pkl')):
+        raise ValueError('its pickle is too long')
 
 
 def describe_mismatch(found, expected, name=''):
