@@ -147,7 +147,8 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     sync_losses(losses, progress)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f'a weight is not finite {progress.place()}')
-    progress.loss_sum, progress.photos = all_reduce_sum(progress.loss_sum, progress.photos)
+    progress.loss_sum, photos = all_reduce_sum(progress.loss_sum, progress.photos)
+    progress.photos = int(photos)  # the sums over several ranks are floats
     if signum:
         raise Stopped
     if not progress.photos:
