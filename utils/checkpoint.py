@@ -26,7 +26,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-
 LARGEST_PICKLE = 2 ** 16  # bytes; a checkpoint's has 13,000: tensors lie beside it
 
 
@@ -129,7 +128,7 @@ def refuse_bomb(path):
     if sum(member.file_size for member in members) > os.path.getsize(path):
         raise ValueError('it grows when it is read')
     if any(member.file_size > LARGEST_PICKLE for member in members
-           if member.filename.endswith('.pkl')):
+           if member.filename.lower().endswith('.pkl')):
         raise ValueError('its pickle is too long')
 
 
