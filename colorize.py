@@ -335,10 +335,10 @@ def new_state(settings, recipe, place):
 
 
 def main(argv=None):
+    cli.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    if sys.stdout:  # names need not be printable
-        sys.stdout.reconfigure(errors='backslashreplace')
+    sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     stop = checkpoint.StopSignal()
     device.keep_freed_memory()
     try:
