@@ -294,6 +294,7 @@ def run(args, argv, home, stop):
         draw_landscapes(args.data_path)
     broadcast(None)  # the others wait for the drawings
     folder = PhotoFolder(args.data_path, args.image_size, args.num_workers)
+    folder.is_stopped = lambda: stop.signum
     training, validation = split(folder, args.val_fraction)
     settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=folder.fingerprint())
     if args.dry_run:
@@ -359,4 +360,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    exit_code = main()
+    if exit_code > 128:  # stopped: Python would wait for threads, and those for a dead disk
+        os._exit(exit_code)
+    sys.exit(exit_code)
