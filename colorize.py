@@ -19,6 +19,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback
+
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -147,7 +150,8 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     sync_losses(losses, progress)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f'a weight is not finite {progress.place()}')
-    progress.loss_sum, progress.photos = all_reduce_sum(progress.loss_sum, progress.photos)
+    progress.loss_sum, photos = all_reduce_sum(progress.loss_sum, progress.photos)
+    progress.photos = int(photos)  # the sums over several ranks are floats
     if signum:
         raise Stopped
     if not progress.photos:
@@ -281,13 +285,16 @@ def run(args, argv, home, stop):
     distributed.init(place)
     saved = None
     if args.resume and is_rank0:
-        saved = checkpoint.load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet())
+        types = {name: getattr(args, name) for name in SETTINGS} | dict(photos='')
+        saved = checkpoint.load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet(),
+                                           types)
     if saved := broadcast(saved):
         args = parse_args(argv, saved['settings'])
     if args.demo and is_rank0:
         draw_landscapes(args.data_path)
     broadcast(None)  # the others wait for the drawings
     folder = PhotoFolder(args.data_path, args.image_size, args.num_workers)
+    folder.is_stopped = lambda: stop.signum
     training, validation = split(folder, args.val_fraction)
     settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=folder.fingerprint())
     if args.dry_run:
@@ -332,10 +339,10 @@ def new_state(settings, recipe, place):
 
 
 def main(argv=None):
+    cli.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    if sys.stdout:  # names need not be printable
-        sys.stdout.reconfigure(errors='backslashreplace')
+    sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     stop = checkpoint.StopSignal()
     device.keep_freed_memory()
     try:
@@ -353,4 +360,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    exit_code = main()
+    if exit_code > 128:  # stopped: Python would wait for threads, and those for a dead disk
+        os._exit(exit_code)
+    sys.exit(exit_code)

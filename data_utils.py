@@ -16,7 +16,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import torch
@@ -247,6 +247,7 @@ class PhotoFolder(ImageFolderGrayColor):
         super().__init__(root, target_transform=self.squash)
         self.loader = partial(load_photo, size=size)
         self.size, self.num_workers, self.skipped = size, num_workers, {}
+        self.is_stopped = lambda: False  # for a program that can be asked to stop
 
     def __getitem__(self, index):
         return super().__getitem__(index)[1]
@@ -305,7 +306,13 @@ class PhotoFolder(ImageFolderGrayColor):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def collate(self, batch, flip, futures):
-        """Return (photos, flips) of one batch, without those that cannot be read."""
+        """Return (photos, flips) of one batch, without those that cannot be read.
+
+        Once the run is stopped, photos are not waited for: a dead disk may never answer.
+        """
+        while wait(futures, timeout=0.2).not_done:
+            if self.is_stopped():
+                batch, flip, futures = batch[:0], flip[:0], []
         photos, reasons = zip(*(future.result() for future in futures), strict=True) \
             if futures else ((), ())
         for index, reason in zip(batch.tolist(), reasons, strict=True):

@@ -1,14 +1,17 @@
 """What makes a run impossible to lose: atomic files, checkpoints, and stopping when asked."""
 import contextlib
+import errno
 import io
 import itertools
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import uuid
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+LARGEST_PICKLE = 2 ** 16  # bytes; a checkpoint's has 13,000: tensors lie beside it
 
 
 # ---------------------------------------------------------------------------- files
@@ -38,6 +43,8 @@ def atomic_save(content, *paths):
     try:
         for path in paths:
             target = os.path.realpath(path)
+            if os.path.exists(target) and not os.path.isfile(target):  # as root, even /dev/null
+                raise OSError(errno.EEXIST, 'it is no regular file, and is not replaced')
             # a name of its own, because another process may write to the same target
             temporary = f'{target}.{uuid.uuid4().hex[:8]}.tmp'
             written.append((temporary, target))
@@ -95,6 +102,7 @@ def load_tensors(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of foreign files, which are refused here
+            refuse_bomb(path)
             return torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise UsageError(f'{path} cannot be read: {error.strerror or error}') from error
@@ -105,9 +113,23 @@ def load_tensors(path):
                 'a web page' if start.startswith(b'<') else
                 'no file of torch.save' if not start.startswith((b'pk', b'\x80')) else
                 'a pickle of more than tensors, which could run code'
-                if isinstance(error, pickle.UnpicklingError) else
+                if isinstance(error, pickle.UnpicklingError) or start.startswith(b'\x80') else
                 'a damaged or truncated file')
         raise UsageError(f'{path} is {what}; nothing in it was run') from error
+
+
+def refuse_bomb(path):
+    """Raise ValueError if reading the file could take far more memory than torch.save wrote.
+
+    It compresses nothing. In a long pickle, deeply nested tuples would overflow torch's stack.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if sum(member.file_size for member in members) > os.path.getsize(path):
+        raise ValueError('it grows when it is read')
+    if any(member.file_size > LARGEST_PICKLE for member in members
+           if member.filename.lower().endswith('.pkl')):
+        raise ValueError('its pickle is too long')
 
 
 def describe_mismatch(found, expected, name=''):
@@ -121,13 +143,14 @@ def describe_mismatch(found, expected, name=''):
             return f'{name or "it"} is a {type(found).__name__}, not a dict'
         for key in sorted(map(str, expected.keys() - found.keys())):
             return f'it has no {name}{key}'
-        for key in sorted(map(str, found.keys() - expected.keys())):
-            return f'it has {name}{key}'
+        for key in found.keys() - expected.keys():
+            return f'it has {name}{brief(key)}'
         mismatches = (describe_mismatch(found[key], value, f'{name}{key}' + '.' * isinstance(
             value, dict)) for key, value in expected.items())
         return next(filter(None, mismatches), '')
     if isinstance(expected, torch.Tensor):
-        if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
+        if (type(found) not in (torch.Tensor, torch.nn.Parameter) or found.is_nested
+                or found.layout != torch.strided or found.is_meta):
             return f'{name} is no plain tensor'
         if found.shape != expected.shape:
             return f'{name} is {tuple(found.shape)}, not {tuple(expected.shape)}'
@@ -135,8 +158,15 @@ def describe_mismatch(found, expected, name=''):
             return f'{name} is {found.dtype}, not {expected.dtype}'
         return '' if found.isfinite().all() else f'{name} is not finite'
     if type(found) is not type(expected) or found != found:
-        return f'{name} is {str(found)[:50]}'
+        return f'{name} is {brief(found)}'
     return ''
+
+
+def brief(value):
+    """Return a short text for a value from a file: nested ones could be endless."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)[:50]
+    return f'a {type(value).__name__}'
 
 
 # ---------------------------------------------------------------------------- weights
@@ -244,7 +274,7 @@ class State:
 
     def restore(self, checkpoint):
         """Take over what load_checkpoint returned."""
-        self.net.load_state_dict(checkpoint['net'])
+        self.net.load_state_dict(dict(checkpoint['net']))  # without its metadata
         parameters = dict(enumerate(self.net.parameters()))
         # Adam's kernels need its averages in the memory layout of the weights
         averages = {index: {name: value if name == 'step' else
@@ -267,10 +297,11 @@ def describe_kept(progress):
     return f'begin again with {remedy}'
 
 
-def load_checkpoint(path, net):
+def load_checkpoint(path, net, settings):
     """Return the checkpoint at `path` (a dict), or None if there is none yet.
 
-    Raises UsageError if it is not what this program writes for a network like `net`.
+    Raises UsageError if it is not what this program writes for a network like `net` and settings
+    of the types of `settings`.
     """
     if not os.path.lexists(path):
         return None
@@ -279,25 +310,23 @@ def load_checkpoint(path, net):
         checkpoint = load_tensors(path)
     except UsageError as error:
         raise UsageError(f'{error}; {remedy}') from error
-    if mismatch := describe_bad_checkpoint(checkpoint, net):
+    if mismatch := describe_bad_checkpoint(checkpoint, net, settings):
         raise UsageError(f'{path} is no checkpoint of this version of the program ({mismatch}); '
                          f'{remedy}')
     return checkpoint
 
 
-def describe_bad_checkpoint(checkpoint, net):
+def describe_bad_checkpoint(checkpoint, net, settings):
     """Return in words what in a loaded checkpoint cannot be; '' if all is well."""
     adam = {index: dict(step=torch.tensor(0.0), exp_avg=weight, exp_avg_sq=weight)
             for index, weight in enumerate(net.parameters())}
     scaler = torch.amp.GradScaler('cpu', enabled=True).state_dict()
     expected = dict(net=net.state_dict(), optimizer=adam, scaler=scaler,
-                    progress=asdict(Progress()), settings={})
+                    progress=asdict(Progress()), settings=settings)
     if isinstance(checkpoint, dict):
         for name in 'optimizer', 'scaler':  # empty before the first step, and unless in float16
             if checkpoint.get(name) == {}:
                 expected[name] = {}
-        if isinstance(checkpoint.get('settings'), dict):
-            expected['settings'] = checkpoint['settings']  # each is checked as a flag
     if mismatch := describe_mismatch(checkpoint, expected):
         return mismatch
     steps = {float(state['step']) for state in checkpoint['optimizer'].values()}
@@ -306,8 +335,36 @@ def describe_bad_checkpoint(checkpoint, net):
     if any((state['exp_avg_sq'] < 0).any() for state in checkpoint['optimizer'].values()):
         return 'a square is negative'
     numbers = checkpoint['progress'] | checkpoint['scaler']
-    return next((f'{name} is {value}' for name, value in numbers.items()
-                 if value < 0 and name != 'best_gain' or value == math.inf and name != 'best'), '')
+    if negative := [name for name, value in numbers.items() if value < 0 and name != 'best_gain']:
+        return f'{negative[0]} is {numbers[negative[0]]}'
+    if found := checkpoint['scaler']:
+        scaler |= dict(scale=found['scale'], _growth_tracker=found['_growth_tracker'])
+        if found != scaler or not 0 < found['scale'] < math.inf:
+            return f'the gradient scaler is {list(found.values())}'
+    return describe_impossible_place(Progress(**checkpoint['progress']), checkpoint['settings'],
+                                     max(steps, default=0.0))
+
+
+def describe_impossible_place(progress, settings, made):
+    """Return in words why a run of these settings cannot have come so far; '' if it can.
+
+    `made` are the steps that the optimizer counts: those that were skipped in float16 are missing.
+    """
+    if not re.fullmatch(r'[0-9]{1,9} \([0-9a-f]{8}\)', settings['photos']):
+        return f'photos is {brief(settings["photos"])}'
+    photos = int(settings['photos'].split()[0])
+    steps = math.ceil(photos / max(1, settings['batch_size']))
+    is_new, at_start = not progress.epoch, not progress.step
+    wrong = dict(epoch=progress.epoch > settings['epochs'],
+                 step=progress.step > steps,
+                 photos=progress.photos > (0 if at_start else photos),
+                 loss_sum=at_start and progress.loss_sum or progress.loss_sum == math.inf,
+                 best=is_new and progress.best < math.inf,
+                 best_epoch=not min(1, progress.epoch) <= progress.best_epoch <= progress.epoch,
+                 best_gain=math.isinf(progress.best_gain))
+    if not made.is_integer() or made > progress.epoch * steps + progress.step:
+        return f'its weights have made {made:g} steps'
+    return next((f'{name} is {getattr(progress, name)}' for name in wrong if wrong[name]), '')
 
 
 def require_same(settings, earlier, names):
@@ -330,9 +387,7 @@ class RunFolder:
 
     def __init__(self, home, name, resume):
         self.runs, self.latest = home / 'runs', home / 'unet.pth'
-        if self.latest.is_dir():
-            raise UsageError(f'{self.latest} is a folder, but the weights need that name; '
-                             'move it away')
+        self.refuse_other_kinds(self.latest)
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
             self.path = self.make(name, resume)
@@ -340,6 +395,8 @@ class RunFolder:
             raise UsageError(f'{error.filename} is a file where a folder is needed; move it away, '
                              'or give another --name') from error
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
+        self.refuse_other_kinds(self.checkpoint, self.weights, self.path / '.lock',
+                                self.runs / '.lock')
         self.lock = lock(self.path / '.lock')
         if not self.lock:
             raise UsageError(f'another process is training in {self.path}; wait for its end, or '
@@ -349,6 +406,14 @@ class RunFolder:
                 os.replace(leftover, self.weights)  # between the renames of save_weights
             else:
                 leftover.unlink()
+
+    @staticmethod
+    def refuse_other_kinds(*paths):
+        """Raise UsageError if there is a folder, a pipe or a device at one of the paths."""
+        for path in paths:
+            if path.exists() and not path.is_file():
+                kind = 'a folder' if path.is_dir() else 'no regular file'
+                raise UsageError(f'{path} is {kind}, but a run needs that name; move it away')
 
     def make(self, name, resume):
         """Make the folder, and return its path."""
@@ -380,7 +445,8 @@ class RunFolder:
 
     def is_in_a_run(self, weights):
         """Tell whether some run's folder has these weights (bytes)."""
-        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth'))
+        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth')
+                   if path.is_file())
 
 
 # ---------------------------------------------------------------------------- stopping

@@ -1,7 +1,9 @@
 """Command lines: types of numbers, and errors told in one line."""
 import argparse
 import math
+import os
 import re
+import sys
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,17 @@ import torch.distributed as dist
 
 class UsageError(Exception):
     """A request that cannot be met. The message is one line that names the value and the remedy."""
+
+
+def open_streams():
+    """Open the standard streams that a shell closed (`>&-`), so that they swallow what is written.
+
+    Else the next file that the program opens would get their number, and their messages.
+    """
+    for name in 'stdin', 'stdout', 'stderr':
+        if getattr(sys, name) is None:
+            # the lowest free number is the closed stream's
+            setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
