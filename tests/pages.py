@@ -1,4 +1,5 @@
 """What README.md and the pages in docs/ tell to type, and which tests type it."""
+
 import ast
 import re
 import shlex
@@ -8,8 +9,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text('utf-8') for path in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
 README = PAGES[ROOT / 'README.md']
 # flags that make a training take seconds
-SMALL = ('--epochs 2 --image_size 32 --batch_size 16 --val_fraction 0.25 --device cpu '
-         '--num_workers 2')
+SMALL = (
+    '--epochs 2 --image_size 32 --batch_size 16 --val_fraction 0.25 --device cpu --num_workers 2'
+)
 
 
 def blocks(text):

@@ -1,4 +1,5 @@
 """README.md and docs/ keep up with the programs: a test runs what they tell to type."""
+
 import os
 import re
 import shutil
@@ -27,8 +28,9 @@ ELSEWHERE = {
 
 
 def is_skipped(item):
-    return (item.get_closest_marker('skip') is not None
-            or any(all(mark.args) for mark in item.iter_markers('skipif')))
+    return item.get_closest_marker('skip') is not None or any(
+        all(mark.args) for mark in item.iter_markers('skipif')
+    )
 
 
 def test_each_command_is_run_by_a_test(request):
@@ -36,8 +38,11 @@ def test_each_command_is_run_by_a_test(request):
     told = {command for command in commands() if not command.startswith('gcloud ')}
     assert told == {*tests, *ELSEWHERE}
     # being named in a test that is skipped, or not asked for, is not being run
-    running = {(item.path.name, item.originalname) for item in request.session.items
-               if not is_skipped(item)}
+    running = {
+        (item.path.name, item.originalname)
+        for item in request.session.items
+        if not is_skipped(item)
+    }
     if missed := [command for command in tests if not tests[command] & running]:
         pytest.skip(f'the tests that run these are skipped here: {"; ".join(missed)}')
 
@@ -91,8 +96,14 @@ def test_the_python_of_the_pages_runs(code, drawings, tmp_path):
         shutil.copy(drawing, landscapes)
     shutil.copy(drawing, tmp_path / 'old_photo.jpg')
     torch.save(UNet().state_dict(), tmp_path / 'unet.pth')
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=200, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     if 'my_unet.pth' in code:
         assert 0 < float(done.stdout.splitlines()[-1]) < 0.2
@@ -103,14 +114,21 @@ def test_each_file_is_there():
     for path, text in PAGES.items():
         text = re.sub(r'https?://[^\s)]+', '', text)
         names = set(re.findall(r'(?<![\w./~-])[\w./-]+\.(?:py|sh|txt|png|md|ipynb)\b', text))
-        assert [name for name in sorted(names)
-                if not (path.parent / name).exists() and not (ROOT / name).exists()] == [], path
+        assert [
+            name
+            for name in sorted(names)
+            if not (path.parent / name).exists() and not (ROOT / name).exists()
+        ] == [], path
 
 
 def test_links_lead_somewhere():
-    anchors = {path: {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-')
-                      for heading in re.findall(r'^#+ (.*)$', text, re.MULTILINE)}
-               for path, text in PAGES.items()}
+    anchors = {
+        path: {
+            re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-')
+            for heading in re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+        }
+        for path, text in PAGES.items()
+    }
     assert '](docs/gpu_vm.md)' in README
     for path, text in PAGES.items():
         for link in re.findall(r'\]\((?!https?://)(.*?)\)', text):

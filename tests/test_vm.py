@@ -2,6 +2,7 @@
 
 The VM is a folder that an sshd of our own makes the home of whoever logs in, on the loopback.
 """
+
 import contextlib
 import hashlib
 import importlib.util
@@ -27,24 +28,43 @@ from unet import UNet
 
 SBIN = os.pathsep.join([os.environ['PATH'], '/usr/local/sbin', '/usr/sbin', '/sbin'])
 SSHD = shutil.which('sshd', path=SBIN)
-SFTP = next((path for path in ('/usr/lib/openssh/sftp-server', '/usr/lib/ssh/sftp-server',
-                               '/usr/libexec/openssh/sftp-server', '/usr/libexec/sftp-server')
-             if Path(path).exists()), None)
-MISSING = [name for name, there in dict(
-    sshd=SSHD, sftp_server=SFTP, proc=Path('/proc/self/environ').exists(),
-    pip=importlib.util.find_spec('pip'),
-    **{name: shutil.which(name) for name in ('ssh', 'scp', 'ssh-keygen', 'rsync', 'tmux', 'bash')}
-).items() if not there]
+SFTP = next(
+    (
+        path
+        for path in (
+            '/usr/lib/openssh/sftp-server',
+            '/usr/lib/ssh/sftp-server',
+            '/usr/libexec/openssh/sftp-server',
+            '/usr/libexec/sftp-server',
+        )
+        if Path(path).exists()
+    ),
+    None,
+)
+MISSING = [
+    name
+    for name, there in dict(
+        sshd=SSHD,
+        sftp_server=SFTP,
+        proc=Path('/proc/self/environ').exists(),
+        pip=importlib.util.find_spec('pip'),
+        **{
+            name: shutil.which(name)
+            for name in ('ssh', 'scp', 'ssh-keygen', 'rsync', 'tmux', 'bash')
+        },
+    ).items()
+    if not there
+]
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'not on this machine: {", ".join(MISSING)}')
 
-LOGIN = '''#!/bin/sh
+LOGIN = """#!/bin/sh
 export HOME={vm}
 cd
 if [ -n "$SSH_ORIGINAL_COMMAND" ]; then exec bash -lc "$SSH_ORIGINAL_COMMAND"; fi
 exec bash -le
-'''
-SSHD_CONFIG = '''ListenAddress 127.0.0.1
+"""
+SSHD_CONFIG = """ListenAddress 127.0.0.1
 Port {port}
 HostKey {tmp}/host_key
 AuthorizedKeysFile {tmp}/authorized_keys
@@ -56,8 +76,8 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
-'''
-SSH_CONFIG = '''Host vm
+"""
+SSH_CONFIG = """Host vm
 HostName 127.0.0.1
 Port {port}
 IdentityFile {laptop}/.ssh/id_ed25519
@@ -66,11 +86,11 @@ IdentityAgent none
 UserKnownHostsFile {laptop}/.ssh/known_hosts
 GlobalKnownHostsFile /dev/null
 StrictHostKeyChecking accept-new
-'''
+"""
 # as on a cloud's image, where the login finds Python; pip must not go out
-PROFILE = '''export PATH={tmp}/bin:$PATH TMPDIR={tmp} TMUX_TMPDIR={tmp} OMP_NUM_THREADS=1
+PROFILE = """export PATH={tmp}/bin:$PATH TMPDIR={tmp} TMUX_TMPDIR={tmp} OMP_NUM_THREADS=1
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 LANDSCAPES_URL={url} LANDSCAPES_BLOB_ID={id}
-'''
+"""
 
 
 def script(path, text):
@@ -89,8 +109,11 @@ def traces(folder):
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
             words, parent = process.joinpath('cmdline').read_bytes(), process.joinpath('stat')
             parent = int(parent.read_bytes().rpartition(b')')[2].split()[1])
-            marks = [words, process.joinpath('environ').read_bytes(),
-                     os.fsencode(os.readlink(process / 'cwd'))]
+            marks = [
+                words,
+                process.joinpath('environ').read_bytes(),
+                os.fsencode(os.readlink(process / 'cwd')),
+            ]
             if any(os.fsencode(folder) in mark for mark in marks):
                 found[int(process.name)] = words
             else:
@@ -111,16 +134,19 @@ def power_off(folder):
 
 def outside():
     """What ssh and sshd could have left elsewhere: {path: when it was changed}."""
-    return {path: path.stat().st_mtime_ns for path in [*Path.home().glob('.ssh/*'),
-                                                       *Path('/run').glob('sshd')]}
+    return {
+        path: path.stat().st_mtime_ns
+        for path in [*Path.home().glob('.ssh/*'), *Path('/run').glob('sshd')]
+    }
 
 
 @pytest.fixture
 def sshd(tmp_path):
     """The port of an sshd that takes the key in `authorized_keys`, and logs into the folder vm."""
     before = outside()
-    subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', tmp_path / 'host_key'],
-                   check=True)
+    subprocess.run(
+        ['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', tmp_path / 'host_key'], check=True
+    )
     port, config, log = free_port(), tmp_path / 'sshd_config', tmp_path / 'sshd.log'
     config.write_text(SSHD_CONFIG.format(port=port, tmp=tmp_path, SFTP=SFTP))
     script(tmp_path / 'login', LOGIN.format(vm=tmp_path / 'vm'))
@@ -151,7 +177,8 @@ def mirror(drawings, tmp_path):
                 file.write(photo, photo.relative_to(drawings))
                 records[photo.name] = dict(clean_name=photo.name, license=license)
             (tmp_path / f'site/licenses/{folder.name}_photos_info.json').write_text(
-                json.dumps(records))
+                json.dumps(records)
+            )
     port, log = free_port(), tmp_path / 'server.log'
     words = [sys.executable, '-u', '-m', 'http.server', str(port), '--bind', '127.0.0.1']
     with started(words, log, cwd=tmp_path / 'site') as program:
@@ -180,8 +207,10 @@ class Laptop:
         (home / '.ssh').mkdir(parents=True, mode=0o700)
         (home / 'ssh_config').write_text(SSH_CONFIG.format(port=port, laptop=home))
         for tool in 'ssh', 'scp':
-            script(home / f'bin/{tool}',
-                   f'#!/bin/sh\nexec {shutil.which(tool)} -F {home}/ssh_config "$@"\n')
+            script(
+                home / f'bin/{tool}',
+                f'#!/bin/sh\nexec {shutil.which(tool)} -F {home}/ssh_config "$@"\n',
+            )
         path = f'{home}/bin:{home.parent}/bin:{os.environ["PATH"]}'
         self.env = os.environ | dict(HOME=str(home), PATH=path, TMPDIR=str(home))
         self.user = pwd.getpwuid(os.getuid()).pw_name
@@ -191,8 +220,15 @@ class Laptop:
 
     def type(self, command, input=''):
         """What a command prints."""
-        done = subprocess.run(['bash', '-c', self.fill(command)], cwd=self.project, env=self.env,
-                              input=input, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            ['bash', '-c', self.fill(command)],
+            cwd=self.project,
+            env=self.env,
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -209,8 +245,11 @@ class Laptop:
 @pytest.fixture
 def laptop(sshd, drawings, tmp_path):
     laptop = Laptop(tmp_path / 'laptop', sshd)
-    shutil.copytree(ROOT, laptop.project, ignore=shutil.ignore_patterns(
-        '.?*', '__pycache__', 'data', 'runs', '*.pth'))
+    shutil.copytree(
+        ROOT,
+        laptop.project,
+        ignore=shutil.ignore_patterns('.?*', '__pycache__', 'data', 'runs', '*.pth'),
+    )
     shutil.copy(ROOT / '.gitignore', laptop.project)
     shutil.copytree(drawings, laptop.project / 'data/demo')
     for path in '.git/config', 'runs/demo/events':
@@ -257,28 +296,39 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, login, drawings, tmp_p
     assert said.endswith('the dry run went through everything, and kept nothing\n')
 
     laptop.type(from_page('ssh USER@VM_ADDRESS mkdir -p colorize'))
-    laptop.type(from_page('scp -r *.py *.sh *.txt *.toml utils tests benchmarks '
-                          'USER@VM_ADDRESS:colorize'))
+    laptop.type(
+        from_page('scp -r *.py *.sh *.txt *.toml utils tests benchmarks USER@VM_ADDRESS:colorize')
+    )
     assert {path.name for path in there.iterdir()} == {
-        'utils', 'tests', 'benchmarks', *(path.name for kind in ('py', 'sh', 'txt', 'toml')
-                                          for path in ROOT.glob(f'*.{kind}'))}
+        'utils',
+        'tests',
+        'benchmarks',
+        *(path.name for kind in ('py', 'sh', 'txt', 'toml') for path in ROOT.glob(f'*.{kind}')),
+    }
     (laptop.project / 'unet.py').write_text((ROOT / 'unet.py').read_text() + '# changed\n')
-    laptop.type(from_page('rsync -avz --exclude .git --exclude-from .gitignore ./ '
-                       'USER@VM_ADDRESS:colorize'))
+    laptop.type(
+        from_page('rsync -avz --exclude .git --exclude-from .gitignore ./ USER@VM_ADDRESS:colorize')
+    )
     assert (there / 'unet.py').read_text().endswith('# changed\n')
     assert [name for name in ('.git', 'data', 'runs') if (there / name).exists()] == []
 
     said = laptop.type_there(
-        from_page('python -c "import torch; print(torch.__version__, torch.cuda.is_available())"'))
+        from_page('python -c "import torch; print(torch.__version__, torch.cuda.is_available())"')
+    )
     assert re.fullmatch(r'\d+\.\d+\S+ (True|False)\n', said)
 
-    said = laptop.type_there(cd, from_page('pip install -r requirements.txt'),
-                             from_page('./download_landscapes.sh'),
-                             'mv data/landscapes data/all',
-                             from_page('./download_landscapes.sh --remixable'))
+    said = laptop.type_there(
+        cd,
+        from_page('pip install -r requirements.txt'),
+        from_page('./download_landscapes.sh'),
+        'mv data/landscapes data/all',
+        from_page('./download_landscapes.sh --remixable'),
+    )
     assert 'Requirement already satisfied: torch>=' in said
-    assert said.endswith('56 photos in data/landscapes: python colorize.py\n'
-                         '48 photos in data/landscapes: python colorize.py\n')
+    assert said.endswith(
+        '56 photos in data/landscapes: python colorize.py\n'
+        '48 photos in data/landscapes: python colorize.py\n'
+    )
 
     said = laptop.type_there(cd, from_page('python colorize.py --dry_run'))
     assert said.startswith('cpu')
@@ -308,12 +358,16 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, login, drawings, tmp_p
     assert in_color(laptop.project / 'colorized/old_photo.jpg')
     shutil.copytree(drawings / 'city', laptop.project / 'album')
     (laptop.project / 'runs/UNet').rename(laptop.project / 'runs/UNet_2')
-    laptop.type(from_page('python predict.py album/ --output album_colorized '
-                          '--weights runs/UNet_2/unet.pth'))
+    laptop.type(
+        from_page(
+            'python predict.py album/ --output album_colorized --weights runs/UNet_2/unet.pth'
+        )
+    )
     assert len(list(laptop.project.glob('album_colorized/*.jpg'))) == 8
 
-    end = from_page("nohup sh -c 'python colorize.py --resume && sudo shutdown -h now' "
-                 '> colorize.log 2>&1 &')
+    end = from_page(
+        "nohup sh -c 'python colorize.py --resume && sudo shutdown -h now' > colorize.log 2>&1 &"
+    )
     laptop.type_there(cd, without_shutdown(end))
     assert until((there / 'off').exists, True, 120)
     assert was_finished((there / 'colorize.log').read_text())
@@ -327,20 +381,23 @@ def test_tmux(laptop, vm, login, drawings):
 
     def screen():
         return laptop.type_there('tmux capture-pane -J -p -t colorize')
+
     assert until(lambda: 'tensorboard --logdir runs' in screen(), True, 120), screen()
     said = laptop.type_there(
-        cd, without_shutdown(from_page('python colorize.py --resume && sudo shutdown -h now')))
+        cd, without_shutdown(from_page('python colorize.py --resume && sudo shutdown -h now'))
+    )
     assert was_finished(said)
     assert (vm / 'colorize/off').exists()
-
 
 
 def test_a_service_that_restarts_the_command_elsewhere(laptop, vm, login, drawings, tmp_path):
     """The disk stays; the home folder with code and photos is another machine's."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    command = from_page('cd DISK && python ~/colorize/colorize.py --name spot --resume '
-                        '--data_path ~/colorize/data/landscapes').replace('DISK', str(disk))
+    command = from_page(
+        'cd DISK && python ~/colorize/colorize.py --name spot --resume '
+        '--data_path ~/colorize/data/landscapes'
+    ).replace('DISK', str(disk))
     said = []
     for epochs in 1, 2:
         shutil.copytree(laptop.project, vm / 'colorize')
@@ -353,8 +410,9 @@ def test_a_service_that_restarts_the_command_elsewhere(laptop, vm, login, drawin
     assert epochs == [['1'], ['2']]  # each epoch once
 
 
-needs_app = pytest.mark.skipif(not importlib.util.find_spec('gradio'),
-                               reason='gradio is not on this machine')
+needs_app = pytest.mark.skipif(
+    not importlib.util.find_spec('gradio'), reason='gradio is not on this machine'
+)
 
 
 @needs_app
@@ -365,8 +423,13 @@ def test_the_page_that_colorizes_photos(laptop, vm, login, tmp_path):
     tunnel = from_page('ssh -L 7860:localhost:7860 USER@VM_ADDRESS')
     tunnel = tunnel.replace('7860:localhost:7860', f'{port}:localhost:{port_there}')
     start = from_page('python app.py') + f' --port {port_there}'
-    with laptop.started(tunnel, log, from_page('cd colorize'),
-                        from_page('pip install -r requirements-app.txt'), start) as session:
+    with laptop.started(
+        tunnel,
+        log,
+        from_page('cd colorize'),
+        from_page('pip install -r requirements-app.txt'),
+        start,
+    ) as session:
         says(log, session, f':{port_there}')
         with urllib.request.urlopen(f'http://localhost:{port}', timeout=20) as page:
             assert page.status == 200
