@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
     tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
 
-What --resume is not told, it takes from the run's checkpoint.
+With --resume, what you leave out is taken from the run's checkpoint.
 """
+
 import math
 import os
 import signal
@@ -30,25 +31,33 @@ from tqdm.auto import tqdm
 from data_utils import Data, PhotoFolder, load_photos, split
 from demo_landscapes import draw_landscapes
 from unet import UNet
-from utils import checkpoint, cli, color, device, distributed, report
+from utils import checkpoint, cli, color, distributed, report
 from utils.checkpoint import Progress, RunFolder, State, Stopped
 from utils.cli import UsageError
-from utils.device import Precision
-from utils.distributed import all_reduce_sum, broadcast, print0
+from utils.device import (
+    Precision,
+    available_cpus,
+    channels_last,
+    check_compiler,
+    choose_device,
+    keep_freed_memory,
+)
+from utils.distributed import all_reduce_sum, print0
 from utils.tensorboard import Page
 
 DEMO = dict(data_path='data/demo', epochs=8, batch_size=8, name='demo')
 DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
 WARM_UP = 0.2  # of all steps
-COLORFULNESS_HELP = '0: the plain squared error, whose colors are dull'
-# what a run must share with its checkpoint, and what else its --resume takes from there
-FIXED = 'batch_size', 'image_size', 'seed', 'val_fraction', 'colorfulness_weight', 'photos'
-SETTINGS = 'lr', 'epochs', *FIXED[:-1], 'data_path'
+# what --resume takes from the checkpoint, unless the command line says it
+SETTINGS = 'lr epochs batch_size image_size seed val_fraction colorfulness_weight data_path'.split()
+# what a resumed run must have in common with its checkpoint
+FIXED = 'batch_size image_size seed val_fraction colorfulness_weight photos'.split()
 
 
 # ---------------------------------------------------------------------------- arguments
 
-def parse_args(argv, settings=None):
+
+def parse_args(argv, settings=()):
     """Return the parsed command line; what it leaves out comes from a checkpoint's `settings`."""
     parser = cli.ArgumentParser('colorize.py', __doc__)
     add, add_flag = parser.add_argument, parser.add_flag
@@ -56,25 +65,29 @@ def parse_args(argv, settings=None):
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
-    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.3, help=COLORFULNESS_HELP)
-    add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='photos held out; 0: none')
-    add('--image_size', type=cli.multiple_of_8, default=64, help='photos become such a square')
-    add('--seed', type=cli.nonnegative_int, default=0, help='of weights, order and flips')
+    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.3, help='0: duller')
+    add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
+    add('--image_size', type=cli.multiple_of_8, default=64, help='side of a photo, in pixels')
+    add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
     add('--name', default='UNet', help='the folder in runs/')
     add_flag('--resume', 'go on with the run of that name, if there is one')
     add_flag('--dry_run', 'send one small batch through everything, and keep nothing')
     add_flag('--demo', 'draw small landscapes, and learn to colorize them')
     add_flag('--stream', 'read the photos from disk in every epoch, to save memory')
-    workers = min(8, device.available_cpus())
+    workers = min(8, available_cpus())
     add('--num_workers', type=cli.nonnegative_int, default=workers, help='threads that read photos')
     parser.add_device()
-    add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto', help='of numbers')
+    add(
+        '--precision',
+        choices=('auto', 'fp32', 'bf16', 'fp16'),
+        default='auto',
+        help='of the network',
+    )
     add_flag('--compile', 'torch.compile the network, for long runs on a GPU')
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     # as text, so that a checkpoint's values are checked as those of flags are
-    saved = {name: str((settings or {})[name]) for name in SETTINGS if name in (settings or {})}
-    parser.set_defaults(**saved)
+    parser.set_defaults(**{name: str(settings[name]) for name in SETTINGS if name in settings})
     args = parser.parse_args(argv)
     if args.name in ('', '.', '..') or '/' in args.name or os.sep in args.name:
         parser.error(f'argument --name: {args.name!r} is not the name of a folder in runs/')
@@ -84,6 +97,7 @@ def parse_args(argv, settings=None):
 
 
 # ---------------------------------------------------------------------------- training
+
 
 def train(net, optimizer, loader, epochs=5, writer=None):
     """Train `net` on the (x, y) of `loader`, and return the mean loss of the last epoch.
@@ -104,10 +118,11 @@ def train(net, optimizer, loader, epochs=5, writer=None):
 @dataclass
 class Recipe:
     """How steps are taken. The defaults are the course's: squared error at a constant rate."""
+
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0
     lr: float | None = None  # the highest; None leaves the optimizer's rate alone
-    steps: int = 0           # of the whole run, for the rate
+    steps: int = 0  # of the whole run, for the rate
 
     def objective(self, squared_error, dullness):
         """Return what is minimized."""
@@ -128,19 +143,19 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     Raises Stopped if `stop.signum` asks for it, FloatingPointError if the loss or a weight is no
     longer finite, UsageError if no photo could be read.
     """
-    home = next(model.parameters()).device
+    device = next(model.parameters()).device
     model.train()
     losses, signum, synced = [], 0, time.monotonic()  # losses stay on the device until sync_losses
     for x, y in (bar := progress_bar(loader, progress)):
         # every rank must agree on the size of the batch, and on stopping
-        photos, signum = all_reduce_sum(len(x), stop.signum if stop else 0)
+        batch_size, signum = all_reduce_sum(len(x), stop.signum if stop else 0)
         if signum:
             break
         if recipe.lr:
             set_lr(optimizer, recipe.get_lr(progress.epoch * len(loader) + progress.step))
         progress.step += 1
-        if photos:  # 0 if none of the batch could be read
-            loss = train_step(model, optimizer, recipe, (x.to(home), y.to(home)), photos)
+        if batch_size:  # 0 if none of the batch could be read
+            loss = train_step(model, optimizer, recipe, (x.to(device), y.to(device)), batch_size)
             losses.append((progress.step, loss))
             progress.photos += len(x)
         if time.monotonic() - synced > 0.5:
@@ -149,7 +164,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             synced = time.monotonic()
     sync_losses(losses, progress)
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise FloatingPointError(f'a weight is not finite {progress.place()}')
+        raise FloatingPointError(f'a weight is not finite {progress.describe_position()}')
     progress.loss_sum, photos = all_reduce_sum(progress.loss_sum, progress.photos)
     progress.photos = int(photos)  # the sums over several ranks are floats
     if signum:
@@ -159,21 +174,24 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     return progress.loss_sum / progress.photos
 
 
-def train_step(model, optimizer, recipe, batch, photos):
-    """Take one step on this rank's share of a batch of `photos`; return its squared error."""
-    x, y = batch
+def train_step(model, optimizer, recipe, share, batch_size):
+    """Take one step on this rank's share (x, y) of a batch of `batch_size` photos.
+
+    Returns the sum of the share's losses: of each photo's mean squared error.
+    """
+    x, y = share
     optimizer.zero_grad()  # here, because CUDA graphs reuse the gradients' memory
     with recipe.precision.autocast:
         prediction = model(x)
     prediction = prediction.float()
     loss = objective = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
     if recipe.colorfulness_weight:
-        # the squared error alone answers a doubt with gray: ask for the color that is missing
+        # with the squared error alone, a network that is unsure predicts gray
         colorized = color.merge_luminance(prediction, (x + 1) / 2)
         objective = recipe.objective(loss, color.dullness(colorized, y).sum())
-    # ranks average their gradients: this makes that the gradient of the mean over all photos
+    # DistributedDataParallel divides by the world size, which is undone here
     scaler = recipe.precision.scaler
-    scaler.scale(objective * distributed.world_size / photos).backward()
+    scaler.scale(objective * distributed.world_size / batch_size).backward()
     scaler.step(optimizer)
     scaler.update()
     return loss.detach()
@@ -186,10 +204,12 @@ def set_lr(optimizer, lr):
 
 def sync_losses(losses, progress):
     """Add up the losses (step, tensor): only here the host waits for the device."""
-    steps, values = zip(*losses, strict=True) if losses else ((), ())
-    for step, loss in zip(steps, torch.stack(values).tolist() if values else (), strict=True):
+    if not losses:
+        return
+    steps, values = zip(*losses, strict=True)
+    for step, loss in zip(steps, torch.stack(values).tolist(), strict=True):
         if not math.isfinite(loss):
-            raise FloatingPointError(f'the loss is {loss} {progress.place(step)}')
+            raise FloatingPointError(f'the loss is {loss} {progress.describe_position(step)}')
         progress.loss_sum += loss
     losses.clear()
 
@@ -225,6 +245,7 @@ def evaluate(net, loader, precision, stop):
 
 # ---------------------------------------------------------------------------- a run
 
+
 def fit(state, data, recipe, run_folder, epochs, stop):
     """Run epoch after epoch: train, validate, save, show. Only rank 0 has a `run_folder`."""
     net, progress = state.net, state.progress
@@ -248,13 +269,13 @@ def fit(state, data, recipe, run_folder, epochs, stop):
         progress.finish_epoch()
         if run_folder:
             if is_best:
-                run_folder.save_weights(net)
+                run_folder.save_weights(net)  # in runs/NAME/unet.pth, and a copy in unet.pth
             page.log_epoch(net, recipe.precision, metrics, progress.epoch)
-            # last: a run killed before this repeats the epoch, and takes back what it logged
+            # Last. If the run is killed before this, --resume repeats the epoch.
             state.save(run_folder.checkpoint)
             report.print_epoch(progress.epoch, epochs, metrics, is_best)
     if page:
-        page.log_features(net, data.sample_names, progress.epoch)
+        page.log_features(net, data.sample_folders, progress.epoch)
         page.close()
 
 
@@ -273,68 +294,77 @@ def fit_or_save(state, data, recipe, run_folder, epochs, stop):
         raise FloatingPointError(f'{error}; {checkpoint.describe_kept(state.progress)}') from error
 
 
-def run(args, argv, home, stop):
-    """Run the training, from the photos to the weights, below the folder `home`.
+def run(args, argv, base, stop):
+    """Run the training, from the photos to the weights, below the folder `base`.
 
     Returns the exit code.
     """
-    place = device.choose_device(args.device, distributed.local_rank)
-    is_rank0 = distributed.rank == 0
+    device = choose_device(args.device, distributed.local_rank)
     if args.compile:
-        device.check_compiler(place)
-    distributed.init(place)
-    saved = None
-    if args.resume and is_rank0:
-        types = {name: getattr(args, name) for name in SETTINGS} | dict(photos='')
-        saved = checkpoint.load_checkpoint(home / 'runs' / args.name / 'checkpoint.pth', UNet(),
-                                           types)
-    if saved := broadcast(saved):
-        args = parse_args(argv, saved['settings'])
-    if args.demo and is_rank0:
+        check_compiler(device)
+    distributed.init(device)
+    saved = load_saved(args, argv, base)
+    if args.demo and distributed.rank == 0:
         draw_landscapes(args.data_path)
-    broadcast(None)  # the others wait for the drawings
-    folder = PhotoFolder(args.data_path, args.image_size, args.num_workers)
-    folder.is_stopped = lambda: stop.signum
-    training, validation = split(folder, args.val_fraction)
-    settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=folder.fingerprint())
+    distributed.barrier()
+    photos = PhotoFolder(args.data_path, args.image_size, args.num_workers)
+    photos.is_stopped = lambda: stop.signum
+    indices = split(photos, args.val_fraction)
+    settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=photos.fingerprint())
     if args.dry_run:
-        training, validation = folder.keep(training[:8], validation[:8])
-    recipe = Recipe(Precision(args.precision, place), args.colorfulness_weight, args.lr)
-    state = new_state(settings, recipe, place)
+        indices = photos.keep(*(part[:8] for part in indices))
+    recipe = Recipe(Precision(args.precision, device), args.colorfulness_weight, args.lr)
+    state = new_state(settings, recipe, device)
     if saved:
         checkpoint.require_same(settings, saved['settings'], FIXED)
         state.restore(saved)
-    run_folder = RunFolder(home, args.name, args.resume) if is_rank0 else None
-    code, samples = 0, []
+    run_folder = RunFolder(base, args.name, args.resume) if distributed.rank == 0 else None
+    data = None
     if state.progress.epoch < args.epochs:
-        report.print_start(place, recipe.precision, (training, validation), run_folder)
-        photos = load_photos(folder, place, args.stream)
-        report.print_skipped(folder, run_folder)
-        data = Data(photos, (training, validation), folder, args.batch_size, place, args.seed)
-        samples = data.sample_paths
+        report.print_start(device, recipe.precision, indices, run_folder)
+        source = load_photos(photos, device, args.stream)
+        report.print_skipped(photos, run_folder)
+        data = Data(source, indices, photos, args.batch_size, device, args.seed)
         recipe.steps = args.epochs * len(data.train_loader)
         if args.compile:
             state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
-        code = fit_or_save(state, data, recipe, run_folder, args.epochs, stop)
-    if code or not is_rank0:
-        return code
+        if code := fit_or_save(state, data, recipe, run_folder, args.epochs, stop):
+            return code
+    return finish(args, run_folder, state.progress, data) if run_folder else 0
+
+
+def load_saved(args, argv, base):
+    """Return the checkpoint that --resume goes on from, and complete `args` from it; else None."""
+    saved = None
+    if args.resume and distributed.rank == 0:
+        path = base / 'runs' / args.name / 'checkpoint.pth'
+        # the network and the settings tell of what types and shapes a checkpoint is
+        like = {name: getattr(args, name) for name in SETTINGS} | dict(photos='')
+        saved = checkpoint.load_checkpoint(path, UNet(), like)
+    if saved := distributed.broadcast(saved):
+        vars(args).update(vars(parse_args(argv, saved['settings'])))
+    return saved
+
+
+def finish(args, run_folder, progress, data):
+    """Print what was reached and what comes next; return the exit code."""
     if args.dry_run:
         print0('the dry run went through everything, and kept nothing')
         return 0
-    photos = args.data_path if args.demo else 'YOUR_PHOTOS'
-    report.print_end(run_folder, state.progress, samples, photos)
-    if args.demo and args.val_fraction and state.progress.best_gain < DEMO_GAIN:
+    to_colorize = args.data_path if args.demo else 'YOUR_PHOTOS'
+    report.print_end(run_folder, progress, data.sample_paths if data else [], to_colorize)
+    if args.demo and args.val_fraction and progress.best_gain < DEMO_GAIN:
         print0(f'colorize.py: the demo should gain {DEMO_GAIN:g} dB', file=sys.stderr)
         return 1
     return 0
 
 
-def new_state(settings, recipe, place):
-    """Return the State of a new run on the device `place`: weights drawn from the seed."""
+def new_state(settings, recipe, device):
+    """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(settings['seed'])
-    net = device.channels_last(UNet(), place)
+    net = channels_last(UNet(), device)
     net.image_size = settings['image_size']
-    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, fused=place.type != 'mps')
+    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, fused=device.type != 'mps')
     return State(net, optimizer, recipe.precision.scaler, Progress(), settings)
 
 
@@ -344,11 +374,11 @@ def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     stop = checkpoint.StopSignal()
-    device.keep_freed_memory()
+    keep_freed_memory()
     try:
-        with tempfile.TemporaryDirectory() if args.dry_run else nullcontext('') as home:
-            stop.temporary = home if args.dry_run else None
-            code = run(args, argv, Path(home), stop)
+        with tempfile.TemporaryDirectory() if args.dry_run else nullcontext('') as base:
+            stop.temporary = base if args.dry_run else None
+            code = run(args, argv, Path(base), stop)
         distributed.cleanup()
         return code
     except Exception as error:

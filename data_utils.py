@@ -7,6 +7,7 @@ A batch is x, gray (B, 1, S, S) in [-1, 1], and y, color (B, 3, S, S) in [0, 1].
 program reads the same photos faster: `PhotoFolder` squashes each to a square of bytes,
 `load_photos` keeps them in memory for all epochs, and `PhotoLoader` makes the batches.
 """
+
 import contextlib
 import hashlib
 import math
@@ -35,29 +36,57 @@ from utils.color import is_gray, luminance
 from utils.device import free_memory, to_device
 from utils.distributed import print0
 
-BATCHES_AHEAD = 4  # that threads read ahead while streaming
+BATCHES_AHEAD = 4  # that threads read while the network trains: enough for slow disks
 
 
 # ---------------------------------------------------------------------------- photo files
 
 with contextlib.suppress(ImportError):  # optional: Pillow itself reads no HEIC
     import pillow_heif
+
     pillow_heif.register_heif_opener()
 Image.init()
-# Documents, drawings, films and data. For most of them Pillow would start another program:
-# Ghostscript runs the PostScript in a file.
+# documents, drawings, films and data; for EPS, Pillow starts Ghostscript, which runs what is in it
 NO_PHOTOS = {'BUFR', 'EPS', 'FLI', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PALM', 'PDF', 'WMF'}
 # tried in this order
 PHOTO_FORMATS = ['JPEG', 'PNG', *sorted(set(Image.ID) - NO_PHOTOS - {'JPEG', 'PNG'})]
-PHOTO_EXTENSIONS = {extension for extension, name in Image.registered_extensions().items()
-                    if name in (*PHOTO_FORMATS, 'MPO')}
+PHOTO_EXTENSIONS = {
+    extension
+    for extension, name in Image.registered_extensions().items()
+    if name in (*PHOTO_FORMATS, 'MPO')
+}
 # photos that Pillow does not read, and what to do about them
-UNREADABLE = {
+REMEDIES = {
     **dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif'),
     **dict.fromkeys(('.avif', '.jxl', '.webp'), 'save as JPEG, PNG or TIFF'),
-    **dict.fromkeys(('.3fr', '.arw', '.cr2', '.cr3', '.dng', '.erf', '.kdc', '.mef', '.mos', '.mrw',
-                     '.nef', '.nrw', '.orf', '.pef', '.raf', '.raw', '.rw2', '.rwl', '.sr2', '.srf',
-                     '.srw', '.x3f'), 'raw: save as JPEG, PNG or TIFF')}
+    **dict.fromkeys(
+        (
+            '.3fr',
+            '.arw',
+            '.cr2',
+            '.cr3',
+            '.dng',
+            '.erf',
+            '.kdc',
+            '.mef',
+            '.mos',
+            '.mrw',
+            '.nef',
+            '.nrw',
+            '.orf',
+            '.pef',
+            '.raf',
+            '.raw',
+            '.rw2',
+            '.rwl',
+            '.sr2',
+            '.srf',
+            '.srw',
+            '.x3f',
+        ),
+        'raw: save as JPEG, PNG or TIFF',
+    ),
+}
 # what predict.py needs for each pixel of a photo at its peak: the photo, its gray, the result
 BYTES_PER_PIXEL = 32
 # Pillow refuses photos of more than twice as many
@@ -73,35 +102,41 @@ def list_photos(root):
     not read are counted in a line on stderr. Raises UsageError if there are no photos.
     """
     if not os.path.exists(root):
-        raise UsageError(f'no such folder: {root}. ./download_landscapes.sh fetches the '
-                         'landscapes, --demo draws some, --data_path names your own')
+        raise UsageError(
+            f'no such folder: {root}. ./download_landscapes.sh fetches the '
+            'landscapes, --demo draws some, --data_path names your own'
+        )
     if not os.path.isdir(root):
         raise UsageError(f'{root} is a file; --data_path takes a folder of photos')
-    names, passed_over, unreadable = [], Counter(), []
-    for name in walk(root, unreadable):
+    names, passed_over, folder_errors = [], Counter(), []
+    for name in walk(root, folder_errors):
         extension = os.path.splitext(name)[1].lower()
         if extension in PHOTO_EXTENSIONS:
             names.append(name)
-        elif extension in UNREADABLE:
+        elif extension in REMEDIES:
             passed_over[extension] += 1
-    counts = ', '.join(f'{count} {extension} ({UNREADABLE[extension]})'
-                       for extension, count in sorted(passed_over.items()))
-    for error in unreadable:
+    counts = ', '.join(
+        f'{count} {extension} ({REMEDIES[extension]})'
+        for extension, count in sorted(passed_over.items())
+    )
+    for error in folder_errors:
         if error.filename == root or not names:
             raise UsageError(f'{error.filename} cannot be read: {error.strerror}')
         print0(f'passed over {error.filename}: {error.strerror}', file=sys.stderr)
     if not names:
-        raise UsageError(f'no photos in {root}' + (f', but {counts}' if counts else
-                                                   ' (such as .jpg, .png, .tif, .webp)'))
+        raise UsageError(
+            f'no photos in {root}'
+            + (f', but {counts}' if counts else ' (such as .jpg, .png, .tif, .webp)')
+        )
     if counts:
         print0(f'passed over in {root}: {counts}', file=sys.stderr)
     return sorted(names)
 
 
-def walk(root, unreadable):
+def walk(root, folder_errors):
     """Yield the paths of all files below `root`, relative and '/'-separated.
 
-    Folders that cannot be read are added to `unreadable`, as OSErrors. (os.walk ends with a
+    Folders that cannot be read are added to `folder_errors`, as OSErrors. (os.walk ends with a
     RecursionError at a depth of 1,000 folders, up to Python 3.11.)
     """
     folders, entered = [''], set()
@@ -116,7 +151,7 @@ def walk(root, unreadable):
             with os.scandir(path) as entries:
                 entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            unreadable.append(error)
+            folder_errors.append(error)
             continue
         for entry in entries:
             if entry.name.startswith('.') or entry.name == '__MACOSX':
@@ -143,7 +178,7 @@ def open_photo(path):
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise OSError(f'larger than the {limit:.0f} megapixels that memory allows') from error
     except UnidentifiedImageError as error:
-        remedy = UNREADABLE.get(os.path.splitext(path)[1].lower())
+        remedy = REMEDIES.get(os.path.splitext(path)[1].lower())
         remedy = f'; {remedy}' if remedy else ''
         raise OSError(f'no photo that Pillow can read{remedy}') from error
     except Exception as error:  # decoders raise nearly anything on a damaged file
@@ -198,6 +233,7 @@ def to_gray_bytes(photo):
 
 # ---------------------------------------------------------------------------- the course's loader
 
+
 class ImageFolderGrayColor(ImageFolder):
     """A dataset of items (transform(photo), target_transform(photo)).
 
@@ -213,14 +249,18 @@ class ImageFolderGrayColor(ImageFolder):
         return classes, {name: number for number, name in enumerate(classes)}
 
     def make_dataset(self, directory, class_to_idx, *_, **__):
-        return [(os.path.join(directory, name), class_to_idx[os.path.dirname(name)])
-                for name in self.names]
+        return [
+            (os.path.join(directory, name), class_to_idx[os.path.dirname(name)])
+            for name in self.names
+        ]
 
     def __getitem__(self, index):
         path, _ = self.samples[index]
         photo = self.loader(path)
-        return (self.transform(photo) if self.transform else photo,
-                self.target_transform(photo) if self.target_transform else photo)
+        return (
+            self.transform(photo) if self.transform else photo,
+            self.target_transform(photo) if self.target_transform else photo,
+        )
 
 
 def get_colorized_dataset_loader(path, **kwargs):
@@ -229,38 +269,47 @@ def get_colorized_dataset_loader(path, **kwargs):
     `kwargs` go to the DataLoader. Raises UsageError if there are no photos below `path`.
     """
     color = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
-    gray = transforms.Compose([transforms.Resize((224, 224)), transforms.Grayscale(),
-                               transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+    gray = transforms.Compose(
+        [
+            transforms.Resize((224, 224)),
+            transforms.Grayscale(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
     return DataLoader(ImageFolderGrayColor(path, gray, color), **kwargs)
 
 
 # ---------------------------------------------------------------------------- the photos of a run
 
+
 class PhotoFolder(ImageFolderGrayColor):
     """The photos below `root`, squashed to bytes: items are uint8 (size, size, 3).
 
-    `skipped` has the reason, by index, for each photo that is left out. It is filled by
-    `load_photos`, which looks at all of them.
+    `skipped` has the reason, by index, for each photo that is left out: it cannot be read, or it is
+    gray. `load_photos` fills it.
     """
 
     def __init__(self, root, size, num_workers=0):
-        super().__init__(root, target_transform=self.squash)
+        super().__init__(root)
         self.loader = partial(load_photo, size=size)
         self.size, self.num_workers, self.skipped = size, num_workers, {}
         self.is_stopped = lambda: False  # for a program that can be asked to stop
 
     def __getitem__(self, index):
-        return super().__getitem__(index)[1]
+        path, _ = self.samples[index]
+        return self.squash(self.loader(path))
 
     def squash(self, photo):
         """Resize a PIL image to uint8 (size, size, 3).
 
         The result is within one gray level of Pillow's resize, in a quarter of its time.
         """
-        # Pillow's bytes are channels-last. Torch resizes them faster if it sees them so.
+        # Pillow's bytes are channels-last. Permuted there and back, torch sees that, and is faster.
         photo = pil_to_tensor(photo).permute(1, 2, 0)[None]
-        small = F.interpolate(photo.permute(0, 3, 1, 2), (self.size, self.size), mode='bilinear',
-                              antialias=True)
+        small = F.interpolate(
+            photo.permute(0, 3, 1, 2), (self.size, self.size), mode='bilinear', antialias=True
+        )
         return small[0].permute(1, 2, 0).contiguous()
 
     def keep(self, training, validation):
@@ -308,21 +357,21 @@ class PhotoFolder(ImageFolderGrayColor):
     def collate(self, batch, flip, futures):
         """Return (photos, flips) of one batch, without those that cannot be read.
 
-        Once the run is stopped, photos are not waited for: a dead disk may never answer.
+        Once the run is stopped, the batch is empty: a dead disk may never answer.
         """
         while wait(futures, timeout=0.2).not_done:
             if self.is_stopped():
-                batch, flip, futures = batch[:0], flip[:0], []
-        photos, reasons = zip(*(future.result() for future in futures), strict=True) \
-            if futures else ((), ())
-        for index, reason in zip(batch.tolist(), reasons, strict=True):
-            if reason and index not in self.skipped:
+                batch, futures = batch[:0], []
+        kept, is_kept = [torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)], []
+        for index, future in zip(batch.tolist(), futures, strict=True):
+            photo, reason = future.result()
+            is_kept.append(not reason)
+            if not reason:
+                kept.append(photo[None])
+            elif index not in self.skipped:
                 self.skipped[index] = reason
                 tqdm.write(f'skipped {self.names[index]!r}: {reason}', file=sys.stderr)
-        photos = [photo for photo in photos if photo is not None]
-        empty = torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
-        return (torch.stack(photos) if photos else empty,
-                flip[[not reason for reason in reasons]])
+        return torch.cat(kept), flip[: len(is_kept)][torch.tensor(is_kept, dtype=torch.bool)]
 
 
 class PhotosInMemory:
@@ -335,36 +384,45 @@ class PhotosInMemory:
         """Yield what PhotoFolder.read yields, from memory."""
         sizes = [len(batch) for batch in batches]
         # one copy for all batches: each copy to a GPU waits for the work queued there
-        order, flips = (torch.cat(parts).to(self.photos.device).split(sizes)
-                        for parts in (batches, flips))
-        for indices, flip in zip(order, flips, strict=True):
-            yield self.photos[indices], flip
+        batches = torch.cat(batches).to(self.photos.device).split(sizes)
+        flips = torch.cat(flips).to(self.photos.device).split(sizes)
+        for batch, flip in zip(batches, flips, strict=True):
+            yield self.photos[batch], flip
 
 
 def load_photos(folder, device, stream=False):
-    """Read all photos of a PhotoFolder once, and fill `folder.skipped`.
+    """Read all photos of a PhotoFolder once, to find those to skip, and keep them in memory.
 
     Returns a PhotosInMemory on the device, or in the host's memory if the device has no room for
-    them. Returns `folder`, which reads them again in every epoch, if neither has room, or with
-    `stream`. Each process of a distributed run reads its share.
+    them. If neither has room, or with `stream`, nothing is kept, and `folder` is returned: it reads
+    the photos again in every epoch. Each process of a distributed run reads its share.
     """
     home = None if stream else find_room(folder, device)
     photos = None
     if home:
-        photos = torch.zeros(len(folder), folder.size, folder.size, 3, dtype=torch.uint8,
-                             device=home)
+        photos = torch.zeros(
+            len(folder), folder.size, folder.size, 3, dtype=torch.uint8, device=home
+        )
     share = range(distributed.rank, len(folder), distributed.world_size)
     with one_torch_thread(), ThreadPoolExecutor(max(1, folder.num_workers)) as pool:
-        items = tqdm(pool.map(partial(folder.try_item, refuse_gray=True), share),
-                     'reading photos', len(share), leave=False, unit='photo',
-                     disable=distributed.no_bar)
+        items = tqdm(
+            pool.map(partial(folder.try_item, refuse_gray=True), share),
+            'reading photos',
+            len(share),
+            leave=False,
+            unit='photo',
+            disable=distributed.no_bar,
+        )
         for index, (photo, reason) in zip(share, items, strict=True):
             if reason:
                 folder.skipped[index] = reason
             elif home:
                 photos[index] = photo
-    folder.skipped = {index: reason for part in distributed.all_gather(folder.skipped)
-                      for index, reason in part.items()}
+    folder.skipped = {
+        index: reason
+        for part in distributed.all_gather(folder.skipped)
+        for index, reason in part.items()
+    }
     if not home:
         return folder
     if distributed.world_size > 1:  # the photos of other shares are zero here
@@ -373,14 +431,14 @@ def load_photos(folder, device, stream=False):
 
 
 def find_room(folder, device):
-    """Return the device, or the CPU, if its memory has room for all photos twice; else None."""
-    size = 3 * folder.size ** 2 * len(folder)
+    """Return the device, or the CPU, if half of its memory has room for all photos; else None."""
+    size = 3 * folder.size**2 * len(folder)
     for home in device, torch.device('cpu'):
         copies = distributed.local_world_size if home.type == 'cpu' else 1
         fits = size * copies < free_memory(home) / 2
         if distributed.all_reduce_sum(fits)[0] == distributed.world_size:
             return home
-    distributed.print0(f'streaming the photos: {size / 2**30:.1f} GB do not fit in memory')
+    print0(f'streaming the photos: {size / 2**30:.1f} GB do not fit in memory')
     return None
 
 
@@ -397,6 +455,7 @@ def one_torch_thread():
 
 # ---------------------------------------------------------------------------- the batches of a run
 
+
 def is_held_out(name, fraction):
     """Tell whether the photo of this relative path is for validation, from the path alone.
 
@@ -404,7 +463,7 @@ def is_held_out(name, fraction):
     """
     # macOS may list the same name decomposed (NFD), Linux lists it as it was written
     name = unicodedata.normalize('NFC', name).encode('utf-8', 'surrogateescape')
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], 'big') < fraction * 2 ** 64
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], 'big') < fraction * 2**64
 
 
 def split(folder, fraction):
@@ -414,15 +473,19 @@ def split(folder, fraction):
     or if the ranks see different photos.
     """
     if distributed.broadcast(folder.names) != folder.names:
-        raise UsageError(f'{folder.root} holds other photos here than where rank 0 runs; copy the '
-                         'same to every machine')
+        raise UsageError(
+            f'{folder.root} holds other photos here than where rank 0 runs; copy the '
+            'same to every machine'
+        )
     training, validation = [], []
     for index, name in enumerate(folder.names):
         (validation if is_held_out(name, fraction) else training).append(index)
     if not training or fraction and not validation:
-        raise UsageError(f'--val_fraction {fraction:g} holds out {len(validation)} of the '
-                         f'{len(folder)} photos; give another fraction, more photos, or 0 to train '
-                         'on all')
+        raise UsageError(
+            f'--val_fraction {fraction:g} holds out {len(validation)} of the '
+            f'{len(folder)} photos; give another fraction, more photos, or 0 to train '
+            'on all'
+        )
     return training, validation
 
 
@@ -445,11 +508,12 @@ class PhotoLoader:
 
     def __iter__(self):
         batches, flips = map(self.share, self.order_and_flips())
-        if not batches:  # the run was stopped after an epoch's last step, before its validation
+        if not batches:  # a resumed epoch that has no step left, only its validation
             return
         for photos, flip in self.photos.read(batches, flips):
-            yield gray_and_color(mirror(to_device(photos, self.device),
-                                        to_device(flip, self.device)))
+            yield gray_and_color(
+                mirror(to_device(photos, self.device), to_device(flip, self.device))
+            )
 
     def order_and_flips(self):
         order = torch.tensor(self.indices)
@@ -463,8 +527,10 @@ class PhotoLoader:
 
     def share(self, values):
         """Return this process's share of each batch from `first_step` on."""
-        return [batch[self.rank::self.world_size]
-                for batch in values.split(self.batch_size)[self.first_step:]]
+        return [
+            batch[self.rank :: self.world_size]
+            for batch in values.split(self.batch_size)[self.first_step :]
+        ]
 
 
 def mirror(photos, flips):
@@ -481,26 +547,29 @@ def gray_and_color(photos):
 class Data:
     """The batches of a run, and up to 16 photos to look at, held-out ones if possible.
 
-    `photos` is what load_photos returned for the `folder`; `indices` are a pair, of training and of
+    `source` is what load_photos returned for the `folder`; `indices` are a pair, of training and of
     validation photos. Raises UsageError if all of one kind are skipped.
     """
 
-    def __init__(self, photos, indices, folder, batch_size, device, seed):
+    def __init__(self, source, indices, folder, batch_size, device, seed):
         training, validation = map(folder.usable, indices)
-        for kind, given, usable in zip(('training', 'validation'), indices, (training, validation),
-                                       strict=True):
+        for kind, given, usable in zip(
+            ('training', 'validation'), indices, (training, validation), strict=True
+        ):
             if given and not usable:
-                raise UsageError(f'no {kind} photo in {folder.root} can be used; the first: '
-                                 f'{folder.skipped[given[0]]}')
-        self.train_loader = PhotoLoader(photos, training, batch_size, device, seed)
+                raise UsageError(
+                    f'no {kind} photo in {folder.root} can be used; the first: '
+                    f'{folder.skipped[given[0]]}'
+                )
+        self.train_loader = PhotoLoader(source, training, batch_size, device, seed)
         self.val_loader = None
         if validation:
-            self.val_loader = PhotoLoader(photos, validation, batch_size, device)
+            self.val_loader = PhotoLoader(source, validation, batch_size, device)
         shown = validation or training
         number = min(16, len(shown))
-        shown = [shown[place * len(shown) // number] for place in range(number)]
-        loader = PhotoLoader(photos, shown, number, device)
-        loader.rank, loader.world_size = 0, 1
+        shown = [shown[i * len(shown) // number] for i in range(number)]
+        loader = PhotoLoader(source, shown, number, device)
+        loader.rank, loader.world_size = 0, 1  # every rank reads them all
         self.samples = next(iter(loader))  # (x, y)
         self.sample_paths = [folder.samples[index][0] for index in shown]
-        self.sample_names = [os.path.dirname(folder.names[index]) or '.' for index in shown]
+        self.sample_folders = [os.path.dirname(folder.names[index]) or '.' for index in shown]

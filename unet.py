@@ -1,7 +1,8 @@
 """The network: a UNet (Ronneberger et al. 2015, arXiv:1505.04597) from gray to color.
 
-    python unet.py      # prints "Shapes OK"
+python unet.py      # prints "Shapes OK"
 """
+
 import argparse
 
 import torch

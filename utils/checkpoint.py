@@ -1,4 +1,5 @@
 """What makes a run impossible to lose: atomic files, checkpoints, and stopping when asked."""
+
 import contextlib
 import errno
 import io
@@ -26,10 +27,11 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LARGEST_PICKLE = 2 ** 16  # bytes; a checkpoint's has 13,000: tensors lie beside it
+LARGEST_PICKLE = 2**16  # bytes; a checkpoint's has 13,000: tensors lie beside it
 
 
 # ---------------------------------------------------------------------------- files
+
 
 def atomic_save(content, *paths):
     """Atomically write `content` (anything that torch.save takes) to each of the paths.
@@ -97,8 +99,9 @@ def load_tensors(path):
     Raises UsageError that says what the file is instead.
     """
     if not os.path.isfile(path):  # reading a pipe or a device could wait forever
-        raise UsageError(f'{path} is a folder' if os.path.isdir(path) else
-                         f'{path} is no regular file')
+        raise UsageError(
+            f'{path} is a folder' if os.path.isdir(path) else f'{path} is no regular file'
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of foreign files, which are refused here
@@ -109,12 +112,17 @@ def load_tensors(path):
     except Exception as error:  # a foreign file makes the unpickler raise nearly anything
         with open(path, 'rb') as file:
             start = file.read(512).lstrip().lower()
-        what = ('an empty file' if not start else
-                'a web page' if start.startswith(b'<') else
-                'no file of torch.save' if not start.startswith((b'pk', b'\x80')) else
-                'a pickle of more than tensors, which could run code'
-                if isinstance(error, pickle.UnpicklingError) or start.startswith(b'\x80') else
-                'a damaged or truncated file')
+        what = (
+            'an empty file'
+            if not start
+            else 'a web page'
+            if start.startswith(b'<')
+            else 'no file of torch.save'
+            if not start.startswith((b'pk', b'\x80'))
+            else 'a pickle of more than tensors, which could run code'
+            if isinstance(error, pickle.UnpicklingError) or start.startswith(b'\x80')
+            else 'a damaged or truncated file'
+        )
         raise UsageError(f'{path} is {what}; nothing in it was run') from error
 
 
@@ -127,8 +135,11 @@ def refuse_bomb(path):
         members = archive.infolist()
     if sum(member.file_size for member in members) > os.path.getsize(path):
         raise ValueError('it grows when it is read')
-    if any(member.file_size > LARGEST_PICKLE for member in members
-           if member.filename.lower().endswith('.pkl')):
+    if any(
+        member.file_size > LARGEST_PICKLE
+        for member in members
+        if member.filename.lower().endswith('.pkl')
+    ):
         raise ValueError('its pickle is too long')
 
 
@@ -145,12 +156,18 @@ def describe_mismatch(found, expected, name=''):
             return f'it has no {name}{key}'
         for key in found.keys() - expected.keys():
             return f'it has {name}{brief(key)}'
-        mismatches = (describe_mismatch(found[key], value, f'{name}{key}' + '.' * isinstance(
-            value, dict)) for key, value in expected.items())
+        mismatches = (
+            describe_mismatch(found[key], value, f'{name}{key}' + '.' * isinstance(value, dict))
+            for key, value in expected.items()
+        )
         return next(filter(None, mismatches), '')
     if isinstance(expected, torch.Tensor):
-        if (type(found) not in (torch.Tensor, torch.nn.Parameter) or found.is_nested
-                or found.layout != torch.strided or found.is_meta):
+        if (
+            type(found) not in (torch.Tensor, torch.nn.Parameter)
+            or found.is_nested
+            or found.layout != torch.strided
+            or found.is_meta
+        ):
             return f'{name} is no plain tensor'
         if found.shape != expected.shape:
             return f'{name} is {tuple(found.shape)}, not {tuple(expected.shape)}'
@@ -171,6 +188,7 @@ def brief(value):
 
 # ---------------------------------------------------------------------------- weights
 
+
 def plain_state_dict(net):
     """Return the weights as any laptop can load them: contiguous CPU float32 tensors.
 
@@ -179,7 +197,8 @@ def plain_state_dict(net):
     state = net.state_dict()
     plain = OrderedDict(
         (name, value.detach().to('cpu', torch.float32, memory_format=torch.contiguous_format))
-        for name, value in state.items())
+        for name, value in state.items()
+    )
     plain._metadata = OrderedDict(state._metadata)
     plain._metadata[''] = dict(state._metadata[''], image_size=getattr(net, 'image_size', None))
     return plain
@@ -193,15 +212,17 @@ def load_weights(net, path):
     """
     expected = "expected the state_dict of this project's UNet, as colorize.py saves in unet.pth"
     if not os.path.lexists(path):
-        raise UsageError(f'no weights file {path}: train with colorize.py, or name it with '
-                         '--weights')
+        raise UsageError(
+            f'no weights file {path}: train with colorize.py, or name it with --weights'
+        )
     try:
         state = load_tensors(path)
     except UsageError as error:
         raise UsageError(f'{error}; {expected}') from error
     if isinstance(state, dict) and {'net', 'optimizer', 'progress'} <= state.keys():
-        raise UsageError(f'{path} holds a checkpoint of a training run, not its weights; '
-                         f'{expected}')
+        raise UsageError(
+            f'{path} holds a checkpoint of a training run, not its weights; {expected}'
+        )
     if mismatch := describe_mismatch(state, net.state_dict()):
         raise UsageError(f'{path} holds other weights ({mismatch}); {expected}')
     net.load_state_dict(dict(state))
@@ -221,16 +242,18 @@ def stored_image_size(state, path):
 
 # ---------------------------------------------------------------------------- checkpoints
 
+
 @dataclass
 class Progress:
     """How far a run has come."""
-    epoch: int = 0            # finished epochs
-    step: int = 0             # finished steps of the running epoch
-    loss_sum: float = 0.0     # over the photos seen in the running epoch
-    photos: int = 0           # seen in the running epoch
-    best: float = math.inf    # the lowest objective on the held-out photos
-    best_epoch: int = 0       # the epoch that had it, whose weights are saved
-    best_gain: float = 0.0    # dB over the gray copy in that epoch
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the running epoch
+    loss_sum: float = 0.0  # over the photos seen in the running epoch
+    photos: int = 0  # seen in the running epoch
+    best: float = math.inf  # the lowest objective on the held-out photos
+    best_epoch: int = 0  # the epoch that had it, whose weights are saved
+    best_gain: float = 0.0  # dB over the gray copy in that epoch
 
     def update_best(self, objective, gain):
         """Note the running epoch as the best if its objective is the lowest; tell whether it is.
@@ -239,14 +262,16 @@ class Progress:
         """
         if objective is not None:
             if not math.isfinite(objective):
-                raise FloatingPointError(f'the validation loss is {objective} {self.place()}')
+                raise FloatingPointError(
+                    f'the validation loss is {objective} {self.describe_position()}'
+                )
             if objective >= self.best:
                 return False
             self.best = objective
         self.best_epoch, self.best_gain = self.epoch + 1, gain
         return True
 
-    def place(self, step=None):
+    def describe_position(self, step=None):
         """Return in words where the run is, or was at the given step of the running epoch."""
         return f'at step {step or self.step} of epoch {self.epoch + 1}'
 
@@ -259,6 +284,7 @@ class Progress:
 @dataclass
 class State:
     """Everything needed to go on with a run, and the settings that it was started with."""
+
     net: torch.nn.Module
     optimizer: torch.optim.Adam
     scaler: torch.amp.GradScaler
@@ -268,19 +294,29 @@ class State:
     def save(self, path):
         """Atomically write a checkpoint to `path`. Raises OSError naming it."""
         # of the optimizer only its state: how it works best on a device is the next run's to say
-        atomic_save(dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict()['state'],
-                         scaler=self.scaler.state_dict(), progress=asdict(self.progress),
-                         settings=self.settings), path)
+        atomic_save(
+            dict(
+                net=self.net.state_dict(),
+                optimizer=self.optimizer.state_dict()['state'],
+                scaler=self.scaler.state_dict(),
+                progress=asdict(self.progress),
+                settings=self.settings,
+            ),
+            path,
+        )
 
     def restore(self, checkpoint):
         """Take over what load_checkpoint returned."""
         self.net.load_state_dict(dict(checkpoint['net']))  # without its metadata
         parameters = dict(enumerate(self.net.parameters()))
         # Adam's kernels need its averages in the memory layout of the weights
-        averages = {index: {name: value if name == 'step' else
-                            torch.empty_like(parameters[index]).copy_(value)
-                            for name, value in state.items()}
-                    for index, state in checkpoint['optimizer'].items()}
+        averages = {
+            index: {
+                name: value if name == 'step' else torch.empty_like(parameters[index]).copy_(value)
+                for name, value in state.items()
+            }
+            for index, state in checkpoint['optimizer'].items()
+        }
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=averages))
         if checkpoint['scaler'] and self.scaler.is_enabled():  # empty unless in float16
             self.scaler.load_state_dict(checkpoint['scaler'])
@@ -311,18 +347,26 @@ def load_checkpoint(path, net, settings):
     except UsageError as error:
         raise UsageError(f'{error}; {remedy}') from error
     if mismatch := describe_bad_checkpoint(checkpoint, net, settings):
-        raise UsageError(f'{path} is no checkpoint of this version of the program ({mismatch}); '
-                         f'{remedy}')
+        raise UsageError(
+            f'{path} is no checkpoint of this version of the program ({mismatch}); {remedy}'
+        )
     return checkpoint
 
 
 def describe_bad_checkpoint(checkpoint, net, settings):
     """Return in words what in a loaded checkpoint cannot be; '' if all is well."""
-    adam = {index: dict(step=torch.tensor(0.0), exp_avg=weight, exp_avg_sq=weight)
-            for index, weight in enumerate(net.parameters())}
+    adam = {
+        index: dict(step=torch.tensor(0.0), exp_avg=weight, exp_avg_sq=weight)
+        for index, weight in enumerate(net.parameters())
+    }
     scaler = torch.amp.GradScaler('cpu', enabled=True).state_dict()
-    expected = dict(net=net.state_dict(), optimizer=adam, scaler=scaler,
-                    progress=asdict(Progress()), settings=settings)
+    expected = dict(
+        net=net.state_dict(),
+        optimizer=adam,
+        scaler=scaler,
+        progress=asdict(Progress()),
+        settings=settings,
+    )
     if isinstance(checkpoint, dict):
         for name in 'optimizer', 'scaler':  # empty before the first step, and unless in float16
             if checkpoint.get(name) == {}:
@@ -341,8 +385,9 @@ def describe_bad_checkpoint(checkpoint, net, settings):
         scaler |= dict(scale=found['scale'], _growth_tracker=found['_growth_tracker'])
         if found != scaler or not 0 < found['scale'] < math.inf:
             return f'the gradient scaler is {list(found.values())}'
-    return describe_impossible_place(Progress(**checkpoint['progress']), checkpoint['settings'],
-                                     max(steps, default=0.0))
+    return describe_impossible_place(
+        Progress(**checkpoint['progress']), checkpoint['settings'], max(steps, default=0.0)
+    )
 
 
 def describe_impossible_place(progress, settings, made):
@@ -355,13 +400,15 @@ def describe_impossible_place(progress, settings, made):
     photos = int(settings['photos'].split()[0])
     steps = math.ceil(photos / max(1, settings['batch_size']))
     is_new, at_start = not progress.epoch, not progress.step
-    wrong = dict(epoch=progress.epoch > settings['epochs'],
-                 step=progress.step > steps,
-                 photos=progress.photos > (0 if at_start else photos),
-                 loss_sum=at_start and progress.loss_sum or progress.loss_sum == math.inf,
-                 best=is_new and progress.best < math.inf,
-                 best_epoch=not min(1, progress.epoch) <= progress.best_epoch <= progress.epoch,
-                 best_gain=math.isinf(progress.best_gain))
+    wrong = dict(
+        epoch=progress.epoch > settings['epochs'],
+        step=progress.step > steps,
+        photos=progress.photos > (0 if at_start else photos),
+        loss_sum=at_start and progress.loss_sum or progress.loss_sum == math.inf,
+        best=is_new and progress.best < math.inf,
+        best_epoch=not min(1, progress.epoch) <= progress.best_epoch <= progress.epoch,
+        best_gain=math.isinf(progress.best_gain),
+    )
     if not made.is_integer() or made > progress.epoch * steps + progress.step:
         return f'its weights have made {made:g} steps'
     return next((f'{name} is {getattr(progress, name)}' for name in wrong if wrong[name]), '')
@@ -371,11 +418,14 @@ def require_same(settings, earlier, names):
     """Raise UsageError if one of the named settings contradicts the checkpoint's, `earlier`."""
     for name in names:
         if settings[name] != earlier.get(name):
-            raise UsageError(f'--resume: {name} is {settings[name]}, but the checkpoint was '
-                             f'trained with {earlier.get(name)}; give that, or another --name')
+            raise UsageError(
+                f'--resume: {name} is {settings[name]}, but the checkpoint was '
+                f'trained with {earlier.get(name)}; give that, or another --name'
+            )
 
 
 # ---------------------------------------------------------------------------- the files of a run
+
 
 class RunFolder:
     """The files of one run: `runs/NAME` below `home`, and `home/unet.pth`, the latest weights.
@@ -392,15 +442,20 @@ class RunFolder:
             self.runs.mkdir(parents=True, exist_ok=True)
             self.path = self.make(name, resume)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UsageError(f'{error.filename} is a file where a folder is needed; move it away, '
-                             'or give another --name') from error
+            raise UsageError(
+                f'{error.filename} is a file where a folder is needed; move it away, '
+                'or give another --name'
+            ) from error
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
-        self.refuse_other_kinds(self.checkpoint, self.weights, self.path / '.lock',
-                                self.runs / '.lock')
+        self.refuse_other_kinds(
+            self.checkpoint, self.weights, self.path / '.lock', self.runs / '.lock'
+        )
         self.lock = lock(self.path / '.lock')
         if not self.lock:
-            raise UsageError(f'another process is training in {self.path}; wait for its end, or '
-                             'give another --name')
+            raise UsageError(
+                f'another process is training in {self.path}; wait for its end, or '
+                'give another --name'
+            )
         for leftover in self.path.glob('*.tmp'):  # of a run that was killed
             if self.latest.exists() and leftover.read_bytes() == self.latest.read_bytes():
                 os.replace(leftover, self.weights)  # between the renames of save_weights
@@ -433,8 +488,10 @@ class RunFolder:
         """
         with lock(self.runs / '.lock', wait=True):  # runs of other names write the latest, too
             if self.latest.exists() and not self.is_in_a_run(self.latest.read_bytes()):
-                print0(f"{self.latest.name} is in no run's folder: it is now "
-                       f'{backup_existing(self.latest).name}')
+                print0(
+                    f"{self.latest.name} is in no run's folder: it is now "
+                    f'{backup_existing(self.latest).name}'
+                )
             for leftover in self.latest.parent.glob(f'{self.latest.name}.*.tmp'):
                 leftover.unlink()
             atomic_save(plain_state_dict(net), self.latest, self.weights)
@@ -445,11 +502,13 @@ class RunFolder:
 
     def is_in_a_run(self, weights):
         """Tell whether some run's folder has these weights (bytes)."""
-        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth')
-                   if path.is_file())
+        return any(
+            path.read_bytes() == weights for path in self.runs.glob('*/unet.pth') if path.is_file()
+        )
 
 
 # ---------------------------------------------------------------------------- stopping
+
 
 class Stopped(Exception):
     """The run was asked to stop, and every finished step is accounted for."""

@@ -1,4 +1,5 @@
 """Command lines: types of numbers, and errors told in one line."""
+
 import argparse
 import math
 import os
@@ -46,14 +47,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_device(self):
         """Add --device, the same in every program."""
-        self.add_argument('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto',
-                          help='where the network runs')
+        self.add_argument(
+            '--device',
+            choices=('auto', 'cuda', 'mps', 'cpu'),
+            default='auto',
+            help='where the network runs',
+        )
 
 
 # ---------------------------------------------------------------------------- types of numbers
 
+
 def number(kind, is_allowed, rule):
     """Return an argparse type: `kind` of the text, refused with `rule` unless `is_allowed`."""
+
     def parse(text):
         try:
             value = kind(text)
@@ -62,10 +69,11 @@ def number(kind, is_allowed, rule):
         if value is None or not is_allowed(value):
             raise argparse.ArgumentTypeError(f'{text} is not {rule}')
         return value
+
     return parse
 
 
-LARGEST = 2 ** 31  # larger numbers are typing errors, and overflow in torch
+LARGEST = 2**31  # larger numbers are typing errors, and overflow in torch
 positive_int = number(int, lambda n: 0 < n < LARGEST, 'a whole number above 0')
 nonnegative_int = number(int, lambda n: 0 <= n < LARGEST, 'a whole number, 0 or above')
 multiple_of_8 = number(int, lambda n: 0 < n < LARGEST and n % 8 == 0, 'a multiple of 8')
@@ -75,6 +83,7 @@ fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 
 
 # ---------------------------------------------------------------------------- errors
+
 
 def explain_error(error, batch_size):
     """Return (exit code, one line) for an error that the user can mend, (0, '') for our own."""
@@ -88,8 +97,10 @@ def explain_error(error, batch_size):
     if is_out_of_memory(error):
         return 1, explain_out_of_memory(text, batch_size)
     if 'no kernel image is available' in text:
-        return 1, (f'torch {torch.__version__} was not built for this GPU: install one that was '
-                   '(https://pytorch.org/get-started/previous-versions), or --device cpu')
+        return 1, (
+            f'torch {torch.__version__} was not built for this GPU: install one that was '
+            '(https://pytorch.org/get-started/previous-versions), or --device cpu'
+        )
     if isinstance(error, dist.DistError) or 'gloo' in text or 'Connection' in text:
         return 1, f'another process of this run has ended: {text}'
     return 0, ''
@@ -97,21 +108,34 @@ def explain_error(error, batch_size):
 
 def is_out_of_memory(error):
     """Tell whether the memory of the host or of the device was too small."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
-        words in str(error) for words in
-        ('out of memory',  # CUDA, MPS
-         "can't allocate memory",  # the host
-         'CUDNN_STATUS_ALLOC_FAILED', 'CUBLAS_STATUS_ALLOC_FAILED'))
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and any(
+            words in str(error)
+            for words in (
+                'out of memory',  # CUDA, MPS
+                "can't allocate memory",  # the host
+                'CUDNN_STATUS_ALLOC_FAILED',
+                'CUBLAS_STATUS_ALLOC_FAILED',
+            )
+        )
+    )
 
 
 def explain_out_of_memory(text, batch_size):
     """Return the remedy in one line, from the error's text."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     # with one photo or none in each process, a smaller batch needs as much memory
-    smaller = (f'--batch_size {batch_size // 2} or less' if batch_size > processes else
-               'a smaller --image_size')
+    smaller = (
+        f'--batch_size {batch_size // 2} or less'
+        if batch_size > processes
+        else 'a smaller --image_size'
+    )
     # torch's allocator names other processes; an error of CUDA itself comes where others took all
     if 'CUDA error' in text or re.search(r'Process \d+ has', text):
-        return ('out of memory on the GPU: if nvidia-smi shows another program there, end that; '
-                f'else try {smaller}')
+        return (
+            'out of memory on the GPU: if nvidia-smi shows another program there, end that; '
+            f'else try {smaller}'
+        )
     return f'out of memory with --batch_size {batch_size}: try {smaller}'

@@ -1,4 +1,5 @@
 """Arithmetic of gray and color, on batches of photos (B, 3, H, W) in [0, 1]."""
+
 import math
 
 import torch
@@ -68,6 +69,7 @@ def is_gray(photo):
 
 # ---------------------------------------------------------------------------- metrics
 
+
 def measure(prediction, x, y):
     """Return what is averaged over photos to tell how good a prediction is: a dict of (B,).
 
@@ -75,18 +77,21 @@ def measure(prediction, x, y):
     (B, 3, H, W) in [0, 1]. "Colorized" is the prediction with the photo's own luminance, which is
     what predict.py makes.
     """
+
     def squared_error(image):
         return (image - y).square().flatten(1).mean(1)
 
     gray = (x + 1) / 2
     colorized = merge_luminance(prediction, gray)
-    return {'validation loss': squared_error(prediction),
-            'error of prediction': squared_error(prediction.clamp(0, 1)),
-            'error of colorized': squared_error(colorized),
-            'error of gray copy': squared_error(gray),
-            'dullness': dullness(colorized, y),
-            'colorfulness': colorfulness(colorized),
-            'colorfulness of truth': colorfulness(y)}
+    return {
+        'validation loss': squared_error(prediction),
+        'error of prediction': squared_error(prediction.clamp(0, 1)),
+        'error of colorized': squared_error(colorized),
+        'error of gray copy': squared_error(gray),
+        'dullness': dullness(colorized, y),
+        'colorfulness': colorfulness(colorized),
+        'colorfulness of truth': colorfulness(y),
+    }
 
 
 def to_metrics(means):
@@ -95,11 +100,15 @@ def to_metrics(means):
     PSNR in dB, from the mean squared error over all photos: the mean of the photos' own PSNRs would
     hang on the few that are nearly gray.
     """
-    of = {name: psnr(means[f'error of {name}'])
-          for name in ('prediction', 'colorized', 'gray copy')}
-    return {'validation loss': means['validation loss'], 'dullness': means['dullness'],
-            'PSNR of prediction': of['prediction'], 'PSNR of colorized': of['colorized'],
-            'PSNR of gray copy': of['gray copy'],
-            GAIN: of['colorized'] - of['gray copy'],
-            VIVIDNESS:
-                100 * means['colorfulness'] / means['colorfulness of truth']}
+    of = {
+        name: psnr(means[f'error of {name}']) for name in ('prediction', 'colorized', 'gray copy')
+    }
+    return {
+        'validation loss': means['validation loss'],
+        'dullness': means['dullness'],
+        'PSNR of prediction': of['prediction'],
+        'PSNR of colorized': of['colorized'],
+        'PSNR of gray copy': of['gray copy'],
+        GAIN: of['colorized'] - of['gray copy'],
+        VIVIDNESS: 100 * means['colorfulness'] / means['colorfulness of truth'],
+    }

@@ -1,4 +1,5 @@
 """The machine: its device, its memory, its processors, and the precision that it is fastest in."""
+
 import ctypes
 import importlib.util
 import os
@@ -23,14 +24,18 @@ def choose_device(name, local_rank=0):
     Raises UsageError if there is no such device.
     """
     if name == 'cuda' and not torch.cuda.is_available():
-        raise UsageError('--device cuda: torch sees no GPU here (check nvidia-smi, and that '
-                         f'torch {torch.__version__} is a CUDA build); --device cpu works')
+        raise UsageError(
+            '--device cuda: torch sees no GPU here (check nvidia-smi, and that '
+            f'torch {torch.__version__} is a CUDA build); --device cpu works'
+        )
     if name == 'mps' and not torch.backends.mps.is_available():
         raise UsageError('--device mps: torch sees no Apple GPU here; --device cpu works')
     if name == 'cuda' or name == 'auto' and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UsageError(f'process {local_rank} has no GPU: this machine has '
-                             f'{torch.cuda.device_count()}; torchrun --nproc_per_node=gpu')
+            raise UsageError(
+                f'process {local_rank} has no GPU: this machine has '
+                f'{torch.cuda.device_count()}; torchrun --nproc_per_node=gpu'
+            )
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # pays off: all batches but the last have one shape
         return torch.device('cuda', local_rank)
@@ -60,24 +65,38 @@ def check_compiler(device):
         raise UsageError(f'--compile: {error}; leave --compile out') from error
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) < (7, 0):
-            raise UsageError(f'--compile: {describe_device(device)} is too old for triton, which '
-                             'needs compute capability 7.0; leave --compile out')
+            raise UsageError(
+                f'--compile: {describe_device(device)} is too old for triton, which '
+                'needs compute capability 7.0; leave --compile out'
+            )
         if not importlib.util.find_spec('triton'):
             raise UsageError('--compile: pip install triton, or leave --compile out')
     if os.name == 'nt':  # another compiler, with other flags
         return
     # on a GPU triton chooses a C compiler, on a CPU torch a C++ compiler
-    compiler = (os.environ.get('CC') or shutil.which('gcc') or 'clang' if device.type == 'cuda' else
-                os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++'))
+    compiler = (
+        os.environ.get('CC') or shutil.which('gcc') or 'clang'
+        if device.type == 'cuda'
+        else os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')
+    )
     headers = sysconfig.get_path('include', 'posix_prefix')
     try:
-        subprocess.run([*shlex.split(compiler), '-fsyntax-only', '-xc', '-I', headers, '-'],
-                       input=b'#include <Python.h>', capture_output=True, check=True)
+        subprocess.run(
+            [*shlex.split(compiler), '-fsyntax-only', '-xc', '-I', headers, '-'],
+            input=b'#include <Python.h>',
+            capture_output=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
-        missing = (f'no C compiler ({compiler})' if isinstance(error, OSError) else
-                   f'{compiler} finds no Python.h in {headers}')
-        raise UsageError(f'--compile: {missing}; sudo apt-get install -y build-essential '
-                         'python3-dev, or leave --compile out') from error
+        missing = (
+            f'no C compiler ({compiler})'
+            if isinstance(error, OSError)
+            else f'{compiler} finds no Python.h in {headers}'
+        )
+        raise UsageError(
+            f'--compile: {missing}; sudo apt-get install -y build-essential '
+            'python3-dev, or leave --compile out'
+        ) from error
 
 
 class Precision:
@@ -96,8 +115,10 @@ class Precision:
             try:
                 self.autocast = torch.autocast(device.type, dtype)
             except RuntimeError as error:
-                raise UsageError(f'--precision {self.name}: torch {torch.__version__} cannot on '
-                                 f'this {device.type} device; --precision fp32 works') from error
+                raise UsageError(
+                    f'--precision {self.name}: torch {torch.__version__} cannot on '
+                    f'this {device.type} device; --precision fp32 works'
+                ) from error
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == 'fp16')
 
     @staticmethod
@@ -119,10 +140,12 @@ def channels_last(net, device):
     In the backward pass, torch.cat hands nn.Upsample a slice that torch does not recognize as
     channels-last. On a CPU, the slow path that follows takes a third of the whole training step.
     """
+
     def copy_gradient(module, inputs, output):
         if output.requires_grad and not torch.compiler.is_compiling():
             output.register_hook(
-                lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+                lambda gradient: gradient.contiguous(memory_format=torch.channels_last)
+            )
 
     for module in net.modules():
         if isinstance(module, nn.Upsample):
@@ -143,6 +166,7 @@ def to_device(tensor, device):
 
 # ---------------------------------------------------------------------------- memory
 
+
 def free_memory(device):
     """Return the bytes that are free on the device. On a CPU, a container's limit counts."""
     if device.type == 'cuda':
@@ -155,8 +179,10 @@ def free_memory(device):
     except OSError:  # not Linux
         free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     try:
-        with open('/sys/fs/cgroup/memory.max') as limit, \
-                open('/sys/fs/cgroup/memory.current') as used:
+        with (
+            open('/sys/fs/cgroup/memory.max') as limit,
+            open('/sys/fs/cgroup/memory.current') as used,
+        ):
             return min(free, int(limit.read()) - int(used.read()))
     except (OSError, ValueError):  # no limit, or 'max'
         return free
@@ -169,5 +195,5 @@ def keep_freed_memory():
     asked for again. On two cores, bfloat16 training went from 16 to 23 photos/s.
     """
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: take no block directly from the kernel
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block directly from the kernel
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back

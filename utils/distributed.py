@@ -1,7 +1,8 @@
 """One process, or one of many that torchrun started: what they tell each other.
 
-    torchrun --nproc_per_node=gpu colorize.py
+torchrun --nproc_per_node=gpu colorize.py
 """
+
 import os
 import sys
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 # set by torchrun; the defaults are those of a single process
 rank = int(os.environ.get('RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
-local_rank = int(os.environ.get('LOCAL_RANK', 0))              # among those of this machine
+local_rank = int(os.environ.get('LOCAL_RANK', 0))  # among those of this machine
 local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 no_bar = None if rank == 0 else True  # tqdm's `disable`: None shows bars on a terminal only
 
@@ -24,14 +25,18 @@ def init(device):
     if local_world_size == world_size:
         # torchrun's store outlives a failed attempt, and with it the addresses of dead processes
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                            store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+        store=store,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def cleanup():
     """Leave the other processes."""
     if dist.is_initialized():
-        all_reduce_sum(0)  # a barrier: with torch 2.4, who leaves early can leave others waiting
+        barrier()  # with torch 2.4, who leaves early can leave others waiting
         dist.destroy_process_group()
 
 
@@ -43,6 +48,11 @@ def all_reduce_sum(*numbers):
     sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def barrier():
+    """Wait until every process is here."""
+    all_reduce_sum(0)
 
 
 def broadcast(value):

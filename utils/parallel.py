@@ -1,4 +1,5 @@
 """Many photos at once: threads, the memory that they share, and the signals that stop them."""
+
 import contextlib
 import signal
 import threading
@@ -25,8 +26,9 @@ def run_in_threads(function, groups, num_workers, description):
     pool = ThreadPoolExecutor(max(1, num_workers), initializer=torch.set_num_threads, initargs=(1,))
     try:
         futures = [pool.submit(run_group, group) for group in groups]
-        with tqdm(desc=description, total=sum(map(len, groups)), unit=' photos', leave=False,
-                  disable=None) as bar:
+        with tqdm(
+            desc=description, total=sum(map(len, groups)), unit=' photos', leave=False, disable=None
+        ) as bar:
             for future, group in zip(futures, groups, strict=True):
                 future.result()
                 bar.update(len(group))
@@ -67,16 +69,21 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def stop_signals():
     """Raise Stopped in the main thread at Ctrl-C, SIGTERM or a hang-up; the second time, end."""
+
     def stop(signum, _):
         for number in before:
             signal.signal(number, signal.SIG_DFL)
         raise Stopped(signum)
 
-    signums = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-               if hasattr(signal, name)]
+    signums = [
+        getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
+    ]
     # a signal that nohup or a shell's '&' made the program ignore stays ignored
-    before = {signum: signal.getsignal(signum) for signum in signums
-              if signal.getsignal(signum) is not signal.SIG_IGN}
+    before = {
+        signum: signal.getsignal(signum)
+        for signum in signums
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    }
     for signum in before:
         signal.signal(signum, stop)
     try:

@@ -1,4 +1,5 @@
 """What a run prints: the table of epochs, what it left out, the verdict, and what comes next."""
+
 import contextlib
 import shlex
 import sys
@@ -6,8 +7,10 @@ import sys
 from utils.device import describe_device
 from utils.distributed import print0
 
-HEADER = ('         training  validation     PSNR in dB        gain over  vividness,\n'
-          '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s')
+HEADER = (
+    '         training  validation     PSNR in dB        gain over  vividness,\n'
+    '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s'
+)
 NAMED = 10  # so many gray photos are named on the terminal
 
 
@@ -15,9 +18,11 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     """Print an epoch's metrics as a row under HEADER; an asterisk marks weights that were saved."""
     row = f'{epoch:>4}/{epochs:<4}{metrics["training loss"]:>8.5f}'
     if 'validation loss' in metrics:
-        row += ('{validation loss:>12.5f}{PSNR of prediction:>6.2f}{PSNR of colorized:>11.2f}'
-                '{Gain over the gray copy (dB):>+11.2f} dB'
-                "{vividness (% of the truth's colorfulness):>10.0f} %").format_map(metrics)
+        row += (
+            '{validation loss:>12.5f}{PSNR of prediction:>6.2f}{PSNR of colorized:>11.2f}'
+            '{Gain over the gray copy (dB):>+11.2f} dB'
+            "{vividness (% of the truth's colorfulness):>10.0f} %"
+        ).format_map(metrics)
     else:
         row += ' ' * 54
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
@@ -26,8 +31,10 @@ def print_epoch(epoch, epochs, metrics, is_saved):
 def print_start(device, precision, indices, run_folder):
     """Print the machine, the numbers of photos, and the folder of the run."""
     training, validation = map(len, indices)
-    print0(f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
-           f'{validation} held out; logging in {run_folder and run_folder.path}')
+    print0(
+        f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
+        f'{validation} held out; logging in {run_folder and run_folder.path}'
+    )
 
 
 def print_skipped(folder, run_folder):
@@ -44,8 +51,10 @@ def print_skipped(folder, run_folder):
         if skipped[index] != 'gray' or len(gray) <= NAMED:
             print0(f'skipped {line}', file=sys.stderr)
     if len(gray) > NAMED:
-        print0(f'skipped {len(gray)} gray photos, which would teach gray; {path} names them',
-               file=sys.stderr)
+        print0(
+            f'skipped {len(gray)} gray photos, which would teach gray; {path} names them',
+            file=sys.stderr,
+        )
     if lines:
         with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
             path.write_text('\n'.join(lines.values()) + '\n', 'utf-8', 'surrogateescape')
@@ -55,8 +64,10 @@ def print_skipped(folder, run_folder):
 def verdict(gain):
     """Return in words what a gain over the gray copy, in dB, says of a network."""
     if gain < 0.1:
-        return (f'It does not colorize yet ({gain:+.1f} dB over the gray copy): try more --epochs, '
-                'more photos, or a smaller --image_size.')
+        return (
+            f'It does not colorize yet ({gain:+.1f} dB over the gray copy): try more --epochs, '
+            'more photos, or a smaller --image_size.'
+        )
     return f'It colorizes: {gain:.1f} dB better than the gray copy.'
 
 
@@ -68,8 +79,10 @@ def print_stopped(progress, name, is_kept):
             words.append(word)
         is_name = word == '--name'
     command = shlex.join([*words, '--name', name, '--resume'])
-    print0(f'stopped in epoch {progress.epoch + 1} after step {progress.step}; '
-           + (f'to go on: {command}' if is_kept else 'nothing of a dry run is kept'))
+    print0(
+        f'stopped in epoch {progress.epoch + 1} after step {progress.step}; '
+        + (f'to go on: {command}' if is_kept else 'nothing of a dry run is kept')
+    )
 
 
 def print_end(run_folder, progress, samples, photos):
@@ -79,8 +92,10 @@ def print_end(run_folder, progress, samples, photos):
     colorize after that.
     """
     if not run_folder.weights.exists():
-        print0(f'this run is finished, and {run_folder.weights} was removed; '
-               'more --epochs make new weights')
+        print0(
+            f'this run is finished, and {run_folder.weights} was removed; '
+            'more --epochs make new weights'
+        )
         return
     weights = run_folder.latest if run_folder.is_latest() else run_folder.weights
     print0(f'{weights}: epoch {progress.best_epoch} of {run_folder.path}')
@@ -89,6 +104,18 @@ def print_end(run_folder, progress, samples, photos):
     option = [] if weights == run_folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
     if samples:
-        print0('    ' + shlex.join(['python', 'predict.py', *samples[::4], *option, '--compare',
-                                    '--output', 'compared']))
+        print0(
+            '    '
+            + shlex.join(
+                [
+                    'python',
+                    'predict.py',
+                    *samples[::4],
+                    *option,
+                    '--compare',
+                    '--output',
+                    'compared',
+                ]
+            )
+        )
     print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')

@@ -1,4 +1,5 @@
 """The folder of results, where nothing is lost: neither a photo, nor another's result."""
+
 import contextlib
 import hashlib
 import os
@@ -44,9 +45,12 @@ class Results:
         if target.exists() and identity(target) in self.photos:
             raise FileExistsError(f'{target} is one of the photos; give another --output')
         if os.path.lexists(target) and not (
-                target.is_file() and self.has_mark(mark(path, target.read_bytes()))):
-            raise FileExistsError(f'{target} exists and is no earlier result of this photo; move '
-                                  'it away or give another --output')
+            target.is_file() and self.has_mark(mark(path, target.read_bytes()))
+        ):
+            raise FileExistsError(
+                f'{target} exists and is no earlier result of this photo; move '
+                'it away or give another --output'
+            )
 
     def write(self, path, target, content):
         """Write the result of the photo `path` whole or not at all.

@@ -1,4 +1,5 @@
 """Everything that goes to TensorBoard's page. It decorates a run, and may fail without harm."""
+
 import contextlib
 import io
 import sys
@@ -75,11 +76,14 @@ class Page:
             prediction = prediction.float()
             colorized = merge_luminance(prediction, gray)
             triptychs = torch.cat([gray.expand_as(self.y), colorized, self.y], dim=3)[::2]
-            grids = self.fixed | {'Predicted': encode(prediction.clamp(0, 1), 4),
-                                  'Colorized': encode(triptychs, 2)}
+            grids = self.fixed | {
+                'Predicted': encode(prediction.clamp(0, 1), 4),
+                'Colorized': encode(triptychs, 2),
+            }
             for tag, image in grids.items():
                 self.writer.file_writer.add_summary(
-                    Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
+                    Summary(value=[Summary.Value(tag=tag, image=image)]), epoch
+                )
             self.writer.flush()
 
     def log_features(self, net, names, epoch):
@@ -89,8 +93,9 @@ class Page:
         with harmless(), torch.no_grad():
             features = net.get_features(self.x).float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
-            self.writer.add_embedding(features, metadata=names, label_img=thumbnails,
-                                      global_step=epoch, tag='features')
+            self.writer.add_embedding(
+                features, metadata=names, label_img=thumbnails, global_step=epoch, tag='features'
+            )
 
     def close(self):
         if self.writer:
@@ -103,9 +108,11 @@ def silence_writer_thread():
 
     Its errors are raised again in the next call of the writer, and reported there.
     """
+
     def hook(args, show=threading.excepthook):
         if not type(args.thread).__module__.startswith('tensorboard'):
             show(args)
+
     threading.excepthook = hook
 
 
@@ -119,5 +126,9 @@ def encode(images, columns):
     grid = make_grid(images, nrow=columns, padding=4, pad_value=1)
     content = io.BytesIO()
     to_pil_image(grid).save(content, 'JPEG', quality=95, subsampling=0)
-    return Summary.Image(height=grid.shape[1], width=grid.shape[2], colorspace=3,
-                         encoded_image_string=content.getvalue())
+    return Summary.Image(
+        height=grid.shape[1],
+        width=grid.shape[2],
+        colorspace=3,
+        encoded_image_string=content.getvalue(),
+    )
