@@ -321,10 +321,10 @@ def run(args, argv, base, stop):
     run_folder = RunFolder(base, args.name, args.resume) if distributed.rank == 0 else None
     data = None
     if state.progress.epoch < args.epochs:
-        report.print_start(device, recipe.precision, indices, run_folder)
         source = load_photos(photos, device, args.stream)
         report.print_skipped(photos, run_folder)
         data = Data(source, indices, photos, args.batch_size, device, args.seed)
+        report.print_start(device, recipe.precision, data, run_folder)
         recipe.steps = args.epochs * len(data.train_loader)
         if args.compile:
             state.net.compile(dynamic=False)  # else the smaller last batch slows down all others

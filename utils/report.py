@@ -28,13 +28,15 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
-def print_start(device, precision, indices, run_folder):
+def print_start(device, precision, data, run_folder):
     """Print the machine, the numbers of photos, and the folder of the run."""
-    training, validation = map(len, indices)
-    print0(
-        f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
-        f'{validation} held out; logging in {run_folder and run_folder.path}'
-    )
+    if run_folder:
+        training = len(data.train_loader.indices)
+        validation = len(data.val_loader.indices) if data.val_loader else 0
+        print0(
+            f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
+            f'{validation} held out; logging in {run_folder.path}'
+        )
 
 
 def print_skipped(folder, run_folder):
