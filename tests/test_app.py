@@ -94,12 +94,6 @@ def predicted(home, photo, *flags):
     return (home / 'colorized' / os.path.basename(photo)).read_bytes()
 
 
-def colors(page):
-    """Whether each of the page's two pictures has color, and their addresses."""
-    sources = page.locator('#result img').evaluate_all('all => all.map(img => img.src)')
-    return [page.request.get(source).body() for source in sources]
-
-
 def set_slider(page, name, value):
     """Type a value beside a slider, and wait until the result is replaced."""
     before = page.locator('#result img').evaluate_all('all => all.map(img => img.src)')
@@ -111,7 +105,8 @@ def set_slider(page, name, value):
 
 
 def tree(folder):
-    return [path for path in folder.rglob('*') if path.is_file()]
+    """The files below a folder that have content: Gradio leaves empty ones."""
+    return [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size]
 
 
 # ---------------------------------------------------------------------------- in the browser

@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -16,8 +18,12 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 import predict
+from data_utils import list_photos, to_rgb
 from predict import colorize
 from unet import UNet
+from utils.device import Precision
+from utils.parallel import Memory, run_in_threads
+from utils.results import Results
 
 ROOT = Path(__file__).parent.parent
 Tag = ExifTags.Base
@@ -557,18 +563,200 @@ def test_two_hundred_photos_in_one_call(home, run):
     assert done.stderr == ''  # the progress bar is for terminals
 
 
-def test_control_c_stops_in_a_line(home):
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_in_a_line(home, signum):
     os.makedirs('in')
-    for number in range(300):
+    for number in range(200):
         scene((400, 300)).save(f'in/{number}.jpg')
-    child = subprocess.Popen([sys.executable, ROOT / 'predict.py', 'in', '--size', '128'],
+    child = subprocess.Popen([sys.executable, ROOT / 'predict.py', 'in', '--size', '128',
+                              '--num_workers', '4'],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not os.path.exists('colorized/0.jpg') and time.monotonic() < deadline:
+    while len(files('colorized')) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(signum)
     out, error = child.communicate(timeout=60)
-    assert child.returncode == 130 and error.splitlines()[0].startswith('predict.py: stopped')
-    assert error.count('\n') == 1 and not out
-    done = files('colorized')
-    assert 0 < len(done) < 300 and not [name for name in done if name.endswith('.tmp')]
+    assert child.returncode == 128 + signum and error.count('\n') == 1 and not out
+    done = int(re.fullmatch(r'predict.py: stopped; (\d+) of 200 photos are done, in colorized\n',
+                            error)[1])
+    assert 5 <= done < 200 and len(files('colorized')) == done
+    for name in files('colorized'):
+        with Image.open(f'colorized/{name}') as result:
+            result.load()
+            assert result.size == (400, 300)
+
+
+def test_control_c_during_the_imports_has_no_traceback(home):
+    Path('PIL.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n')
+    done = subprocess.run([sys.executable, ROOT / 'predict.py', 'a.jpg'], capture_output=True,
+                          env={**os.environ, 'PYTHONPATH': str(home)}, timeout=60)
+    assert done.returncode == -signal.SIGINT and done.stderr == b''
+
+
+@pytest.mark.parametrize('closed, code', [('>&-', 0), ('2>&-', 0), ('>&- 2>&-', 0)])
+def test_closed_streams(home, closed, code):
+    scene().save('a.png')
+    done = subprocess.run(f'{sys.executable} {ROOT}/predict.py a.png --size 32 {closed}',
+                          shell=True, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and done.stderr == ''
+    with Image.open('colorized/a.png') as result:
+        result.load()
+
+
+# ---------------------------------------------------------------------------- many at once
+
+def test_the_number_of_workers_changes_no_byte(call, drawings):
+    for workers in 1, 2, 4:
+        call(0, drawings, '--output', f'out{workers}', '--num_workers', workers)
+    names = files('out1')
+    assert len(names) == 56 and files('out2') == files('out4') == names
+    for name in names:
+        one, two, four = (Path(f'out{workers}/{name}').read_bytes() for workers in (1, 2, 4))
+        assert one == two == four
+
+
+def test_two_programs_never_write_into_one_result(call, monkeypatch):
+    for folder, value in ('x', 60), ('y', 200):
+        os.makedirs(folder)
+        Image.new('L', (30, 20), value).save(f'{folder}/a.png')
+    write, inner = Results.write, []
+
+    def write_later(results, path, target, content):
+        # the check is done, the photo colorized: now the other program writes its result
+        if not inner:
+            inner.append(subprocess.run([sys.executable, ROOT / 'predict.py', 'y/a.png', '--size',
+                                         '32'], check=True, capture_output=True, timeout=120))
+        write(results, path, target, content)
+    monkeypatch.setattr(Results, 'write', write_later)
+    printed = call(1, 'x/a.png')
+    assert 'exists and is no earlier result of this photo' in printed.err
+    assert Image.open('colorized/a.png').getpixel((3, 3))[1] > 100
+    assert sorted(os.listdir('colorized')) == ['.colorized', 'a.png']
+
+
+def test_without_hard_links(call, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', refuse)
+    for folder, size in ('x', (30, 20)), ('y', (20, 30)):
+        os.makedirs(folder)
+        scene(size).save(f'{folder}/a.png')
+    call(0, 'x/a.png')
+    call(0, 'x/a.png', '--saturation', 2)
+    call(1, 'y/a.png')
+    assert Image.open('colorized/a.png').size == (30, 20)
+    Path('colorized/a.png').write_bytes(b'')  # what a program leaves that is killed in between
+    call(0, 'x/a.png')
+    assert Image.open('colorized/a.png').size == (30, 20)
+
+
+def test_memory_is_shared():
+    memory, inside = Memory(100), []
+
+    def job(size):
+        with memory.reserve(size):
+            inside.append(min(size, 100))
+            assert sum(inside) <= 100
+            inside.remove(min(size, 100))
+    run_in_threads(job, [[size] for size in (60, 50, 300, 10, 100, 40) * 20], 4, 'test')
+    assert memory.free == 100
+
+
+def test_what_the_device_has_no_memory_for_is_done_on_the_cpu(net, monkeypatch):
+    class Full(UNet):
+        def forward(self, x):
+            raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB')
+
+        def parameters(self, recurse=True):
+            return iter([torch.empty(1, device='meta')])
+    # torch has no autocast for the device that stands for a GPU here
+    monkeypatch.setattr(predict, 'Precision', lambda *_: Precision('fp32'))
+    full = Full()
+    full.load_state_dict(net.state_dict())
+    result = predict.colorize_anyway(full, scene(), 32, 1.0)
+    assert result.tobytes() == colorize(net, scene(), 32).tobytes()
+
+
+def test_the_size_comes_from_the_weights():
+    net = Watcher()
+    for image_size, size, expected in (None, None, 224), (64, None, 64), (64, 96, 96):
+        net.image_size = image_size
+        colorize(net, Image.new('L', (300, 300)), size)
+        assert net.x.shape[2:] == (expected, expected)
+
+
+# ---------------------------------------------------------------------------- what is spoken of
+
+def test_one_photo_may_have_a_name_for_its_result(call):
+    scene().save('a.jpg')
+    scene((9, 9)).save('b.jpg')
+    assert call(0, 'a.jpg', '--output', 'new/color.png').out == '1 photo in new/color.png\n'
+    assert Image.open('new/color.png').format == 'PNG'
+    call(0, 'a.jpg', '--output', 'new/color.png', '--saturation', 2)
+    assert 'no earlier result' in call(1, 'b.jpg', '--output', 'new/color.png').err
+    assert 'name a folder' in call(2, 'a.jpg', 'b.jpg', '--output', 'c.png').err
+    assert 'name a folder' in call(2, 'new', '--output', 'c.png').err
+    assert '.gif is not written' in call(2, 'a.jpg', '--output', 'c.gif').err
+    assert not os.path.exists('c.png')
+
+
+def test_the_first_of_many_frames_is_told(call):
+    frames = [scene((20, 10)), scene((20, 10)).rotate(180), scene((20, 10), 'L').convert('RGB')]
+    for name in 'moving.gif', 'pages.tif', 'moving.webp', 'moving.png':
+        frames[0].save(name, save_all=True, append_images=frames[1:])
+        printed = call(0, name, '--output', name[-4:])
+        assert printed.err == f"predict.py: '{name}': the result is the first of 3 frames\n"
+
+
+def test_what_is_passed_over_is_counted(call):
+    os.makedirs('in/deeper')
+    for name in 'a.dng', 'b.DNG', 'deeper/c.cr2', 'd.jxl', 'notes.txt', 'x.pdf':
+        Path(f'in/{name}').touch()
+    assert 'no photos in in, but 1 .cr2 (raw: save as JPEG' in call(2, 'in').err
+    scene().save('in/a.jpe', format='JPEG')
+    printed = call(0, 'in')
+    assert printed.out == '1 photo in colorized\n' and printed.err == (
+        'passed over in in: 1 .cr2 (raw: save as JPEG, PNG or TIFF), 2 .dng (raw: save as JPEG, '
+        'PNG or TIFF), 1 .jxl (save as JPEG, PNG or TIFF)\n')
+
+
+def test_nothing_done_names_no_folder(call):
+    Path('a.jpg').touch()
+    assert call(1, 'a.jpg').out == 'no photo was colorized\n'
+    assert not os.path.exists('colorized')
+
+
+def test_a_tree_of_1200_folders(call, home):
+    deep = home
+    os.makedirs('in')
+    os.chdir('in')
+    for _ in range(1200):
+        os.mkdir('d')
+        os.chdir('d')
+    scene((8, 8)).save('a.png')
+    os.chdir(deep)
+    assert list_photos('in') == ['d/' * 1200 + 'a.png']
+    call(0, 'in')
+    assert os.path.exists('colorized/' + 'd/' * 1200 + 'a.png')
+    subprocess.run(['rm', '-r', 'in', 'colorized'], check=True)  # too deep for shutil
+
+
+@pytest.mark.parametrize('special, white', [
+    (1.02, 255), (float('inf'), 255), (float('nan'), 0), (float('-inf'), 0)])
+def test_a_floating_point_photo_stays_bright(special, white):
+    values = np.full((4, 4), 0.5, np.float32)
+    values[0, 0], values[0, 1] = special, 1
+    pixels = np.asarray(to_rgb(Image.fromarray(values)))[..., 0]
+    assert pixels[0, 0] == white and pixels[0, 1] == 255 and pixels[2, 2] == 128
+
+
+def test_more_pixels_than_memory_allows(call, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1_000_000)
+    scene((2000, 1200)).save('a.jpg')
+    assert call(1, 'a.jpg').err == (
+        "predict.py: 'a.jpg': larger than the 2 megapixels that memory allows\n")
+
+
+def test_postscript_is_not_run(call):
+    scene().save('a.jpg', format='EPS')
+    assert 'no photo that Pillow can read' in call(1, 'a.jpg').err
