@@ -9,7 +9,6 @@
 
 Each part runs on a CPU, too.
 """
-import argparse
 import os
 import platform
 import sys
@@ -151,8 +150,7 @@ PARTS = dict(device=device, upsampling=upsampling, profile=profile, epoch=epoch,
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('part', choices=PARTS, nargs='?')
     add('--data_path', default='data/landscapes', help='a folder of photos [%(default)s]')

@@ -135,7 +135,8 @@ def main():
     torch.manual_seed(0)
     photos = GrayColorPhotos(args.data_path, args.image_size, args.limit)
     if not photos.paths:
-        parser.error(f'no photos in {args.data_path}; name some with --data_path')
+        parser.exit(2, f'reference.py: no photos in {args.data_path}; name some with '
+                       '--data_path\n')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     loader = DataLoader(photos, args.batch_size, shuffle=True, num_workers=args.num_workers)
     net = UNet().to(device)

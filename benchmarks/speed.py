@@ -11,7 +11,6 @@ The plain script is benchmarks/reference.py, or any other that takes its flags a
 of JSON. With --photos N, N photos of 256×256 are cut from PHOTOS first. Each measurement runs in a
 process of its own; one that fails is a row that says so.
 """
-import argparse
 import json
 import os
 import re
@@ -384,8 +383,7 @@ def cut(source, count, folder):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('part', choices=PARTS, nargs='?', help='what to measure')
     add('--data_path', default='data/landscapes', help='a folder of photos [%(default)s]')
