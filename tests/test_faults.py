@@ -114,9 +114,8 @@ PHOTOS = [
     (os.fsdecode(b'caf\xe9.png'), Path.touch, 'no photo that Pillow can read'),
     ('empty.jpg', Path.touch, 'no photo that Pillow can read'),
     ('words.jpg', lambda path: path.write_text('not a photo'), 'no photo that Pillow can read'),
-    ('bomb.png', lambda path: path.write_bytes(png_of(60_000, 60_000)),
-     'Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be decompression '
-     'bomb DOS attack.'),
+    ('bomb.png', lambda path: path.write_bytes(png_of(1_000_000, 1_000_000)),
+     'larger than the [0-9]+ megapixels that memory allows'),
     ('loop.jpg', link_to_itself, 'Too many levels of symbolic links'),
     ('nowhere.jpg', lambda path: path.symlink_to('gone.jpg'), 'No such file or directory'),
     ('folder.jpg', lambda path: path.touch(), 'Is a directory'),  # see `meanwhile`
@@ -140,9 +139,10 @@ def test_bad_photos_are_named_once_and_left_out(folder, fault, monkeypatch, way)
 
     list_photos = data_utils.list_photos
     monkeypatch.setattr(data_utils, 'list_photos', meanwhile)
-    bad = {name: reason for name, _, reason in PHOTOS if reason}
-    assert sorted(fault('--epochs', 2, *way, code=0)) == sorted(
-        f'skipped {name!r}: {reason}' for name, reason in bad.items())
+    expected = sorted(f'skipped {re.escape(repr(name))}: {reason}'
+                      for name, _, reason in PHOTOS if reason)
+    named = sorted(fault('--epochs', 2, *way, code=0))
+    assert len(named) == len(expected) and all(map(re.fullmatch, expected, named)), named
 
 
 def test_a_folder_whose_name_cannot_be_printed(folder, fault):
