@@ -1,7 +1,7 @@
 """Train each variant of a table over several seeds, and compare the colors that predict.py gives.
 
     python benchmarks/quality.py --data_path TRAIN --val_path TEST
-    python benchmarks/quality.py --data_path TRAIN --val_path TEST --variants default,plain --seeds 0
+    python benchmarks/quality.py --data_path TRAIN --val_path TEST --variants default,plain
     python benchmarks/quality.py --val_path TEST --weights unet.pth --saturations 1,1.2,1.4
 
 Each variant of VARIANTS, below, is a set of colorize.py's flags: add your own. colorize.py trains
