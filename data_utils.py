@@ -5,18 +5,19 @@
 
 A batch is x, gray (B, 1, S, S) in [-1, 1], and y, color (B, 3, S, S) in [0, 1]. The training
 program reads the same photos faster: `PhotoFolder` squashes each to a square of bytes,
-`load_into_memory` does so once for all epochs, and `PhotoLoader` makes the batches.
+`load_photos` keeps them in memory for all epochs, and `PhotoLoader` makes the batches.
 """
 import contextlib
 import hashlib
 import math
 import os
 import random
-import signal
 import sys
 import unicodedata
 import warnings
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,12 +32,13 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.cli import UsageError
-from utils.color import luminance
-from utils.device import free_memory
+from utils.color import is_gray, luminance
+from utils.device import free_memory, to_device
 
 PHOTO_EXTENSIONS = (*IMG_EXTENSIONS, '.avif', '.gif', '.jfif')
 # Pillow warns of photos above 89 megapixels, and refuses those above 179
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+BATCHES_AHEAD = 4  # that threads read ahead while streaming
 
 
 # ---------------------------------------------------------------------------- photo files
@@ -147,117 +149,144 @@ def get_colorized_dataset_loader(path, **kwargs):
 # ---------------------------------------------------------------------------- the photos of a run
 
 class PhotoFolder(ImageFolderGrayColor):
-    """The photos below `root`, squashed to bytes (size, size, 3).
+    """The photos below `root`, squashed to bytes: items are uint8 (size, size, 3).
 
-    Items are (photo, ''), or (None, reason) for a photo that cannot be read.
+    `skipped` has the reason, by index, for each photo that is left out. It is filled by
+    `load_photos`, which looks at all of them.
     """
 
     def __init__(self, root, size, num_workers=0):
         super().__init__(root, target_transform=self.squash)
         self.loader = partial(load_photo, size=size)
-        self.size, self.num_workers = size, num_workers
-        self.skipped = set()  # indices of photos that could not be read
+        self.size, self.num_workers, self.skipped = size, num_workers, {}
 
     def __getitem__(self, index):
-        try:
-            return super().__getitem__(index)[1], ''
-        except OSError as error:
-            return None, str(error)
+        return super().__getitem__(index)[1]
 
     def squash(self, photo):
         """Resize a PIL image to uint8 (size, size, 3).
 
         The result is within one gray level of Pillow's resize, in a quarter of its time.
         """
-        # Pillow's bytes are channels-last, and must be seen so by torch: else it takes half as
-        # long again
+        # Pillow's bytes are channels-last. Torch resizes them faster if it sees them so.
         photo = pil_to_tensor(photo).permute(1, 2, 0)[None]
         small = F.interpolate(photo.permute(0, 3, 1, 2), (self.size, self.size), mode='bilinear',
                               antialias=True)
         return small[0].permute(1, 2, 0).contiguous()
 
-    def keep(self, indices):
-        """Forget all photos but those at `indices`."""
-        self.samples = [self.samples[index] for index in indices]
-        self.names = [self.names[index] for index in indices]
+    def keep(self, training, validation):
+        """Forget all photos but those at these indices, and return their new indices."""
+        kept = training + validation
+        self.samples = [self.samples[index] for index in kept]
+        self.names = [self.names[index] for index in kept]
+        return list(range(len(training))), list(range(len(training), len(kept)))
 
-    def skip(self, index, reason):
-        """Report a photo that cannot be read, once."""
-        if index not in self.skipped:
-            self.skipped.add(index)
-            tqdm.write(f'skipped {self.names[index]!r}: {reason}', file=sys.stderr)
+    def fingerprint(self):
+        """Return the number of photos, and a hash of their names."""
+        names = '\n'.join(self.names).encode('utf-8', 'surrogateescape')
+        return f'{len(self)} ({hashlib.sha256(names).hexdigest()[:8]})'
+
+    def usable(self, indices):
+        """Return those of the indices whose photos are not skipped."""
+        return [index for index in indices if index not in self.skipped]
+
+    def try_item(self, index, refuse_gray=False):
+        """Return (photo, ''), or (None, reason) if the photo cannot be read, or is gray."""
+        try:
+            photo = self[index]
+        except OSError as error:
+            return None, str(error)
+        return (None, 'gray') if refuse_gray and is_gray(photo) else (photo, '')
 
     def read(self, batches, flips):
-        """Read batches from disk; without the photos that cannot be read.
+        """Stream batches from disk: yield (photos, flips) for each tensor of indices in `batches`.
 
-        `batches` are tensors of indices, `flips` (bool) of the same lengths. Yields for each batch
-        the photos, uint8 (B, size, size, 3), and their flips.
+        `photos` are uint8 (B, size, size, 3); `flips` (bool) belong to them. A photo that can no
+        longer be read is left out and reported. Threads read ahead, a few batches at most.
         """
-        with block_signals():
-            loader = iter(DataLoader(self, batch_sampler=[batch.tolist() for batch in batches],
-                                     num_workers=self.num_workers, collate_fn=self.collate))
-        for batch, flip, (photos, reasons) in zip(batches, flips, loader, strict=True):
-            for index, reason in zip(batch.tolist(), reasons, strict=True):
-                if reason:
-                    self.skip(index, reason)
-            yield photos, flip[[not reason for reason in reasons]]
+        pool = ThreadPoolExecutor(max(1, self.num_workers))
+        ahead = deque()
+        try:
+            for batch, flip in zip(batches, flips, strict=True):
+                ahead.append((batch, flip, [pool.submit(self.try_item, i) for i in batch.tolist()]))
+                if len(ahead) > BATCHES_AHEAD:
+                    yield self.collate(*ahead.popleft())
+            while ahead:
+                yield self.collate(*ahead.popleft())
+        finally:  # an epoch that was stopped leaves photos unread
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def collate(self, items):
-        photos = [photo for photo, reason in items if not reason]
+    def collate(self, batch, flip, futures):
+        """Return (photos, flips) of one batch, without those that cannot be read."""
+        photos, reasons = zip(*(future.result() for future in futures), strict=True) \
+            if futures else ((), ())
+        for index, reason in zip(batch.tolist(), reasons, strict=True):
+            if reason and index not in self.skipped:
+                self.skipped[index] = reason
+                tqdm.write(f'skipped {self.names[index]!r}: {reason}', file=sys.stderr)
+        photos = [photo for photo in photos if photo is not None]
         empty = torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
-        return torch.stack(photos) if photos else empty, [reason for _, reason in items]
-
-
-@contextlib.contextmanager
-def block_signals():
-    """Block Ctrl-C, SIGTERM and SIGHUP in worker processes that are started in this context.
-
-    Workers inherit the blocked signals, so only the parent handles them.
-    """
-    if not hasattr(signal, 'pthread_sigmask'):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK,
-                                    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return (torch.stack(photos) if photos else empty,
+                flip[[not reason for reason in reasons]])
 
 
 class PhotosInMemory:
-    """All photos of a PhotoFolder, read once: uint8 (N, size, size, 3) on `device`.
+    """The photos of a PhotoFolder as one tensor, uint8 (N, size, size, 3), on any device."""
 
-    Each process of a distributed run reads its share of them, and gets the others' by all-reduce.
-    """
-
-    def __init__(self, folder, device):
-        self.photos = torch.zeros(len(folder), folder.size, folder.size, 3, dtype=torch.uint8,
-                                  device=device)
-        self.is_read = torch.zeros(len(folder), dtype=torch.uint8, device=device)
-        share = range(distributed.rank, len(folder), distributed.world_size)
-        with one_torch_thread(), ThreadPoolExecutor(max(1, folder.num_workers)) as pool:
-            for index, (photo, reason) in zip(share, tqdm(
-                    pool.map(folder.__getitem__, share), 'reading photos', len(share), leave=False,
-                    unit=' photos', disable=None if distributed.rank == 0 else True), strict=True):
-                if reason:
-                    folder.skip(index, reason)
-                else:
-                    self.photos[index], self.is_read[index] = photo, 1
-        if distributed.world_size > 1:  # photos of other shares are zero here
-            dist.all_reduce(self.photos)
-            dist.all_reduce(self.is_read)
-        self.is_read, self.skipped = self.is_read.bool().cpu(), folder.skipped
+    def __init__(self, photos):
+        self.photos = photos
 
     def read(self, batches, flips):
         """Yield what PhotoFolder.read yields, from memory."""
-        are_read = [self.is_read[batch] for batch in batches]
-        sizes = [int(read.sum()) for read in are_read]
+        sizes = [len(batch) for batch in batches]
         # one copy for all batches: each copy to a GPU waits for the work queued there
-        order, flips = (torch.cat(parts)[torch.cat(are_read)].to(self.photos.device).split(sizes)
+        order, flips = (torch.cat(parts).to(self.photos.device).split(sizes)
                         for parts in (batches, flips))
         for indices, flip in zip(order, flips, strict=True):
             yield self.photos[indices], flip
+
+
+def load_photos(folder, device, stream=False):
+    """Read all photos of a PhotoFolder once, and fill `folder.skipped`.
+
+    Returns a PhotosInMemory on the device, or in the host's memory if the device has no room for
+    them. Returns `folder`, which reads them again in every epoch, if neither has room, or with
+    `stream`. Each process of a distributed run reads its share.
+    """
+    home = None if stream else find_room(folder, device)
+    photos = None
+    if home:
+        photos = torch.zeros(len(folder), folder.size, folder.size, 3, dtype=torch.uint8,
+                             device=home)
+    share = range(distributed.rank, len(folder), distributed.world_size)
+    with one_torch_thread(), ThreadPoolExecutor(max(1, folder.num_workers)) as pool:
+        items = tqdm(pool.map(partial(folder.try_item, refuse_gray=True), share),
+                     'reading photos', len(share), leave=False, unit=' photos',
+                     disable=None if distributed.rank == 0 else True)
+        for index, (photo, reason) in zip(share, items, strict=True):
+            if reason:
+                folder.skipped[index] = reason
+            elif home:
+                photos[index] = photo
+    folder.skipped = {index: reason for part in distributed.all_gather(folder.skipped)
+                      for index, reason in part.items()}
+    if not home:
+        return folder
+    if distributed.world_size > 1:  # the photos of other shares are zero here
+        dist.all_reduce(photos)
+    return PhotosInMemory(photos)
+
+
+def find_room(folder, device):
+    """Return the device, or the CPU, if its memory has room for all photos twice; else None."""
+    size = 3 * folder.size ** 2 * len(folder)
+    for home in device, torch.device('cpu'):
+        copies = distributed.local_world_size if home.type == 'cpu' else 1
+        fits = size * copies < free_memory(home) / 2
+        if distributed.all_reduce_sum(fits)[0] == distributed.world_size:
+            return home
+    distributed.print0(f'streaming the photos: {size / 2**30:.1f} GB do not fit in memory')
+    return None
 
 
 @contextlib.contextmanager
@@ -269,18 +298,6 @@ def one_torch_thread():
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def load_into_memory(folder, device):
-    """Return a PhotosInMemory on the device, or in the host's memory; `folder` if neither has room."""
-    size = 3 * folder.size ** 2 * len(folder)
-    for home in device, torch.device('cpu'):
-        copies = distributed.local_world_size if home.type == 'cpu' else 1
-        fits = size * copies < free_memory(home) / 2
-        if distributed.all_reduce_sum(fits)[0] == distributed.world_size:
-            return PhotosInMemory(folder, home)
-    distributed.print0(f'streaming the photos: {size / 2**30:.1f} GB do not fit in memory')
-    return folder
 
 
 # ---------------------------------------------------------------------------- the batches of a run
@@ -310,8 +327,20 @@ def split(names, fraction):
     return training, validation
 
 
+def open_photos(root, size, num_workers, val_fraction):
+    """Return the PhotoFolder, and the indices of its training and of its validation photos.
+
+    Raises UsageError if there are none, or if the ranks see different ones.
+    """
+    folder = PhotoFolder(root, size, num_workers)
+    if distributed.broadcast(folder.names) != folder.names:
+        raise UsageError(f'{root} holds other photos here than where rank 0 runs; copy the same to '
+                         'every machine')
+    return folder, *split(folder.names, val_fraction)
+
+
 class PhotoLoader:
-    """Yield (x, y) on `device`, for the photos (PhotoFolder or PhotosInMemory) at `indices`.
+    """Yield (x, y) on `device`, of the photos (what load_photos returns) at `indices`.
 
     With a seed, each epoch has an order and horizontal flips that come from (seed, epoch) alone.
     Without one, the order is that of `indices`, and nothing is flipped. Of every batch of
@@ -332,7 +361,8 @@ class PhotoLoader:
         if not batches:  # the run was stopped after an epoch's last step, before its validation
             return
         for photos, flip in self.photos.read(batches, flips):
-            yield gray_and_color(mirror(photos.to(self.device), flip.to(self.device)))
+            yield gray_and_color(mirror(to_device(photos, self.device),
+                                        to_device(flip, self.device)))
 
     def order_and_flips(self):
         order = torch.tensor(self.indices)
@@ -359,3 +389,39 @@ def gray_and_color(photos):
     """Return x (B, 1, S, S) in [-1, 1] and y (B, 3, S, S) in [0, 1] of uint8 (B, S, S, 3)."""
     y = photos.permute(0, 3, 1, 2).float() / 255
     return luminance(y) * 2 - 1, y
+
+
+@dataclass
+class Data:
+    """The batches of a run, and up to 16 photos (x, y) to look at, held-out ones if possible."""
+    train_loader: PhotoLoader
+    val_loader: PhotoLoader | None
+    samples: tuple
+    sample_paths: list
+    sample_names: list
+
+    @classmethod
+    def load(cls, folder, indices, batch_size, device, seed, stream=False):
+        """Load the photos at `indices`, a pair: of training, of validation.
+
+        Raises UsageError if all photos of one kind are skipped.
+        """
+        photos = load_photos(folder, device, stream)
+        training, validation = map(folder.usable, indices)
+        for kind, given, usable in zip(('training', 'validation'), indices,
+                                       (training, validation), strict=True):
+            if given and not usable:
+                reasons = Counter(folder.skipped[index] for index in given).most_common(1)
+                raise UsageError(f'none of the {len(given)} {kind} photos in {folder.root} can be '
+                                 f'used: they are {reasons[0][0]}' if reasons[0][0] == 'gray' else
+                                 f'none of the {kind} photos could be read: {reasons[0][0]}')
+        shown = validation or training
+        number = min(16, len(shown))
+        shown = [shown[place * len(shown) // number] for place in range(number)]
+        samples = PhotoLoader(photos, shown, number, device)
+        samples.rank, samples.world_size = 0, 1
+        return cls(PhotoLoader(photos, training, batch_size, device, seed),
+                   PhotoLoader(photos, validation, batch_size, device) if validation else None,
+                   next(iter(samples)),
+                   [folder.samples[index][0] for index in shown],
+                   [os.path.dirname(folder.names[index]) or '.' for index in shown])

@@ -1,8 +1,11 @@
 """Draw a small set of landscapes, so that everything runs without a download.
 
     python demo_landscapes.py              # 40 of each of seven kinds, into data/demo
-    python demo_landscapes.py data/more    # ... into another folder
+    python demo_landscapes.py data/more --per_kind 100 --seed 1
+
+The same seed always draws the same pictures. A folder with pictures is left as it is.
 """
+import argparse
 import os
 import sys
 import tempfile
@@ -37,6 +40,15 @@ def noise(rng, rows, cols, octaves=1):
     return total
 
 
+def times(field, color):
+    """Return field (h, w) times color (3,), (h, w, 3), as three planes in memory.
+
+    NumPy keeps that order in what it computes from the result, and goes through planes several
+    times faster than through pixels of three numbers.
+    """
+    return np.moveaxis(np.multiply.outer(color, field), 0, -1)
+
+
 class Scene:
     """A picture in the making: it starts as a sky, and each call lays something before it."""
 
@@ -45,7 +57,7 @@ class Scene:
         top, self.foot, cloud, self.sun, self.light = (self.vary(c, .03) for c in MOODS[mood])
         self.sun_x = rng.uniform(.1, .9) * W
         far = np.hypot(X - self.sun_x, Y - horizon * rng.uniform(.2, .6))[..., None]
-        sky = top + (self.foot - top) * np.clip(Y / horizon, 0, 1)[..., None]
+        sky = top + times(np.clip(Y / horizon, 0, 1), self.foot - top)
         disc = np.float32(far < rng.integers(9, 14))
         sky += (self.sun - sky) * (np.exp(far / -40) * .6 + disc * .4)
         cover = noise(rng, 6, 3, 4)[..., None] - np.float32(rng.uniform(-.1, .8))
@@ -53,26 +65,26 @@ class Scene:
         self.image = Image.fromarray(np.uint8(np.clip(sky, 0, 1) * 255))
         self.draw = ImageDraw.Draw(self.image)
 
-    def vary(self, colour, amount=.06):
+    def vary(self, color, amount=.06):
         jitter = self.rng.normal(1, amount) * self.rng.normal(1, amount / 2, 3)
-        return np.float32(colour) * np.float32(jitter)
+        return np.float32(color) * np.float32(jitter)
 
-    def lit(self, colour, haze=0.0):
-        """The colour (..., 3) in this scene's light, behind so much haze: 0 none, 1 all."""
-        colour = np.float32(colour) * self.light
-        return np.uint8(np.clip(colour + (self.foot - colour) * haze, 0, 1) * 255)
+    def lit(self, color, haze=0.0):
+        """The color (..., 3) in this scene's light, behind so much haze: 0 none, 1 all."""
+        color = np.float32(color) * self.light
+        return np.uint8(np.clip(color + (self.foot - color) * haze, 0, 1) * 255)
 
-    def lay(self, where, colour, texture=0.0, haze=0.0):
+    def lay(self, where, color, texture=0.0, haze=0.0):
         """Paint the pixels where (H, W) is true; texture (H, W) makes them lighter or darker."""
         top = where.any(1).argmax()  # nothing to do above it
-        texture = np.broadcast_to(np.float32(1 + texture), (H, W))[top:, :, None]
-        self.image.paste(Image.fromarray(self.lit(texture * self.vary(colour), haze)), (0, top),
-                         Image.fromarray(where[top:]))
+        texture = np.broadcast_to(np.float32(1 + texture), (H, W))[top:]
+        paint = self.lit(times(texture, self.vary(color)), haze)
+        self.image.paste(Image.fromarray(paint), (0, top), Image.fromarray(where[top:]))
 
-    def land(self, y, height, colour, haze=0.0):
+    def land(self, y, height, color, haze=0.0):
         """Rolling land from about y (pixels from the top) down; returns its edge, (W,)."""
         edge = y + height * noise(self.rng, 1, 2, 3)[0]
-        self.lay(Y > edge, colour, noise(self.rng, 60, 40, 2) * .14, haze)
+        self.lay(Y > edge, color, noise(self.rng, 60, 40, 2) * .14, haze)
         return edge
 
     def peaks(self, y, height, haze):
@@ -88,10 +100,11 @@ class Scene:
     def trees(self, line, count, size, pine, haze=0.0, spread=4):
         """Cones or round crowns rooted at the line (W,) or up to spread pixels below it."""
         shapes, draw = (CONE, self.draw.polygon) if pine else (CROWN, self.draw.ellipse)
+        bark = tuple(self.lit((.3, .2, .1), haze))
         for y, x in sorted((line[x] + self.rng.uniform(0, spread), x)
                            for x in self.rng.integers(0, W, count)):
             s, tone = size * self.rng.uniform(.7, 1.2), self.vary(PINE if pine else LEAF)
-            self.draw.line((x, y, x, y - s / 2), tuple(self.lit((.3, .2, .1), haze)), 3)
+            self.draw.line((x, y, x, y - s / 2), bark, 3)
             inks = self.lit(np.outer([shape[0] for shape in shapes], tone), haze)
             for ink, (_, *xy) in zip(inks, shapes, strict=True):
                 draw([o + s * d for o, d in zip((x, y) * 3, xy, strict=False)], tuple(ink))
@@ -101,8 +114,8 @@ class Scene:
         near = np.clip((Y - y) / (H - y), 0, 1)
         ripple = np.sin(88 * np.sqrt(near) + 5 * noise(self.rng, 24, 5, 2)) * (.3 + near)
         above = np.clip(2 * y - Y + ripple * 3, 0, y - 1).astype(int)
-        sea = self.lit(self.vary(SEA) * (1 - .2 * near + .14 * ripple)[..., None])
-        sea = sea + (np.asarray(self.image)[above, X.astype(int)] - np.float32(sea)) * mirror
+        sea = np.float32(self.lit(times(1 - .2 * near + .14 * ripple, self.vary(SEA))))
+        sea += (np.asarray(self.image)[above, X[0].astype(int)] - sea) * mirror
         glint = np.exp(-abs(X - self.sun_x) / 16) * np.clip(ripple + .2, 0, 1)
         sea += (self.sun * 255 - sea) * np.clip(glint, 0, .8)[..., None]
         self.image.paste(Image.fromarray(np.uint8(np.clip(sea, 0, 255))),
@@ -178,27 +191,80 @@ def draw_landscape(kind, rng):
     return scene.image.resize((W // 2, H // 2), Image.Resampling.BOX)
 
 
+def is_empty(folder):
+    """Return whether there is nothing at the path, or a folder without files."""
+    return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+
+
 def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
     """Draw per_kind (>= 1) pictures of each kind into folder/kind/kind_001.jpg and so on.
 
-    A folder that exists is left as it is. Returns the number of pictures in the folder;
-    raises ValueError where per_kind is less than 1.
+    A folder that has files is left as it is. The pictures appear all at once: whether the drawing
+    is interrupted, or drawn twice at the same time, there is never a part of them in the folder.
+
+    Returns the number of pictures in the folder. Raises ValueError where per_kind is less than 1,
+    OSError where the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))  # a link stays a link: its target is filled
     if per_kind < 1:
         raise ValueError(f'per_kind must be at least 1, not {per_kind}')
-    if not folder.exists():
+    if is_empty(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # the set takes its name only when it is whole, however the drawing ends
         with tempfile.TemporaryDirectory(prefix=f'{folder.name}.tmp', dir=folder.parent) as tmp:
+            whole = Path(tmp, 'whole')
             for index, kind in enumerate(KINDS):
-                (Path(tmp) / 'whole' / kind).mkdir(parents=True)
+                (whole / kind).mkdir(parents=True)
                 for number in range(1, per_kind + 1):
                     picture = draw_landscape(kind, np.random.default_rng((seed, index, number)))
-                    picture.save(Path(tmp, 'whole', kind, f'{kind}_{number:03}.jpg'), quality=90)
-            os.replace(Path(tmp, 'whole'), folder)
+                    picture.save(whole / kind / f'{kind}_{number:03}.jpg', quality=90)
+            try:
+                os.replace(whole, folder)
+            except OSError:
+                if is_empty(folder):
+                    raise
+                # otherwise another process was first, and its pictures stay
     return len(list(folder.rglob('*.jpg')))
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
+    parser.add_argument('folder', nargs='?', default='data/demo',
+                        help='where the pictures go (default: data/demo)')
+    parser.add_argument('--per_kind', type=int, default=40,
+                        help=f'pictures of each of the {len(KINDS)} kinds (default: 40)')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='another seed draws other pictures (default: 0)')
+    args = parser.parse_args(argv)
+    if args.per_kind < 1:
+        parser.error(f'--per_kind must be at least 1, not {args.per_kind}')
+    if args.seed < 0:
+        parser.error(f'--seed must be 0 or above, not {args.seed}')
+    if not args.folder:
+        parser.error('the folder has no name')
+    return args
+
+
+def main(argv=None):
+    """Run the command line; return its exit code."""
+    args = parse_args(argv)
+    try:
+        was_empty = is_empty(Path(args.folder))
+        number = draw_landscapes(args.folder, args.per_kind, args.seed)
+    except OSError as error:
+        print(f'demo_landscapes.py: {error.filename or args.folder}: {error.strerror or error}',
+              file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if not number:
+        print(f'demo_landscapes.py: {args.folder} has no pictures, and is no empty folder: '
+              'name another one', file=sys.stderr)
+        return 2
+    print(f'{number:,} pictures {"" if was_empty else "already "}in {args.folder}')
+    return 0
+
+
 if __name__ == '__main__':
-    print(draw_landscapes(*sys.argv[1:2]), 'pictures')
+    sys.exit(main())

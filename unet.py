@@ -2,6 +2,8 @@
 
     python unet.py      # prints "Shapes OK"
 """
+import argparse
+
 import torch
 import torch.nn as nn
 
@@ -46,8 +48,10 @@ class UpSampleBlock(nn.Module):
 class UNet(nn.Module):
     """Gray (B, 1, H, W) in [-1, 1] → color (B, 3, H, W), about [0, 1] and not clamped.
 
-    Raises ValueError when three 2×2 poolings cannot divide H and W, both at least 8.
+    Raises ValueError if three 2×2 poolings cannot divide H and W, both at least 8.
     """
+
+    image_size = None  # side in pixels of the photos that it was trained on, once that is known
 
     def __init__(self):
         super().__init__()
@@ -59,23 +63,41 @@ class UNet(nn.Module):
         self.upsample_block_2 = UpSampleBlock(128 + 64, 64)
         self.upsample_block_1 = UpSampleBlock(64 + 32, 32)
         self.last_conv = nn.Conv2d(32, 3, 1)
+        self.initialize()
+
+    def initialize(self):
+        """Draw weights that keep the size of activations through ReLUs (He et al. 2015,
+        arXiv:1502.01852)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module is not self.last_conv:
+                nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
+                nn.init.zeros_(module.bias)
         nn.init.constant_(self.last_conv.bias, 0.5)  # mid-gray is nearer to any photo than black
 
     def forward(self, x):
+        x, x_skip1, x_skip2, x_skip3 = self.encode(x)
+        x = self.upsample_block_3(x, x_skip3)
+        x = self.upsample_block_2(x, x_skip2)
+        x = self.upsample_block_1(x, x_skip1)
+        return self.last_conv(x)
+
+    def get_features(self, x):
+        """Return what the network knows of a photo: (B, 1, H, W) → (B, 256, H/8, W/8)."""
+        return self.encode(x)[0]
+
+    def encode(self, x):
+        """Return the middle block's output, and the three skip connections."""
         height, width = x.shape[-2:]
         if height % 8 or width % 8 or not height or not width:
             raise ValueError(f'UNet needs a height and width divisible by 8, not {height}×{width}')
         x, x_skip1 = self.downsample_block_1(x)
         x, x_skip2 = self.downsample_block_2(x)
         x, x_skip3 = self.downsample_block_3(x)
-        x = self.middle_conv_block(x)
-        x = self.upsample_block_3(x, x_skip3)
-        x = self.upsample_block_2(x, x_skip2)
-        x = self.upsample_block_1(x, x_skip1)
-        return self.last_conv(x)
+        return self.middle_conv_block(x), x_skip1, x_skip2, x_skip3
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description='Check the shapes of the network.').parse_args()
     net = UNet()
     for size in (64, 224), (224, 224):
         assert net(torch.zeros(2, 1, *size)).shape == (2, 3, *size)

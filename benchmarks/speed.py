@@ -1,16 +1,15 @@
 """How fast it is, each time against something measured beside it: A B A B ..., medians.
 
-    python benchmarks/speed.py training --data_path PHOTOS --reference REFERENCE.py
-    python benchmarks/speed.py quality --data_path PHOTOS --val_path OTHERS --reference REFERENCE.py
-    python benchmarks/speed.py decoding --data_path PHOTOS
-    python benchmarks/speed.py network                         # against what the device can do
+    python benchmarks/speed.py training --data_path PHOTOS     # photos/s, beside a plain script
+    python benchmarks/speed.py quality --data_path PHOTOS --val_path OTHERS     # seconds to a PSNR
+    python benchmarks/speed.py decoding --data_path PHOTOS     # photos/s read on one core
+    python benchmarks/speed.py network                         # steps, against what a device can do
     python benchmarks/speed.py start --data_path PHOTOS        # where the first seconds and MB go
     python benchmarks/speed.py processes --data_path PHOTOS    # two, one core or GPU each, or one
 
-REFERENCE.py is a plain training script with the flags --data_path, --val_path, --batch_size,
---epochs, --limit and --num_workers that prints a JSON line at the end: `epochs`, a list with
-`seconds` and `images_per_s` of each, and `val_psnr`. With --photos N, N photos of 256×256 are cut
-from PHOTOS first. Each measurement runs in a process of its own.
+The plain script is benchmarks/reference.py, or any other that takes its flags and prints its line
+of JSON. With --photos N, N photos of 256×256 are cut from PHOTOS first. Each measurement runs in a
+process of its own; one that fails is a row that says so.
 """
 import argparse
 import json
@@ -21,129 +20,192 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 START = time.perf_counter()
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
-from device import (  # noqa: E402
+from PIL import ImageOps  # noqa: E402
+from torchvision.datasets.folder import default_loader  # noqa: E402
+from upsampling import use_matmul  # noqa: E402
+
+import colorize  # noqa: E402
+from data_utils import (  # noqa: E402
+    PhotoFolder,
+    PhotoLoader,
+    PhotosInMemory,
+    get_colorized_dataset_loader,
+    list_photos,
+    load_photo,
+)
+from unet import UNet  # noqa: E402
+from utils import cli  # noqa: E402
+from utils.checkpoint import Progress  # noqa: E402
+from utils.device import (  # noqa: E402
     Precision,
     channels_last,
     choose_device,
     describe_device,
     keep_freed_memory,
 )
-from loading import PhotoFiles, PhotoLoader, PhotosInMemory  # noqa: E402
-from PIL import ImageOps  # noqa: E402
-from torch.nn.functional import mse_loss  # noqa: E402
-from torchvision.datasets.folder import default_loader  # noqa: E402
-
-import colorize  # noqa: E402
-from data_utils import get_colorized_dataset_loader, list_photos, load_photo  # noqa: E402
-from unet import UNet  # noqa: E402
 
 MULTIPLY_ADDS = 8.1e9  # of one 224×224 photo, forward; three times that with the backward pass
 BYTES = 0.4e9          # its bfloat16 activations, each written and read once, forward and backward
+MODES = {'eager': None, 'compiled': {}, 'CUDA-graphs': dict(mode='reduce-overhead')}
+
+
+class MeasurementFailed(Exception):
+    """A measurement's process has failed. The message is one line that says why."""
 
 
 def table(title, rows):
-    print(f'\n{title}')
+    """Print rows of cells as a Markdown table."""
+    width = max(map(len, rows))
+    print(f'\n{title}\n\n|' + ' |' * width + '\n|' + '---|' * width)
     for row in rows:
-        print('| ' + ' | '.join(str(cell) for cell in row) + ' |', flush=True)
+        print('| ' + ' | '.join(map(str, [*row, *[''] * (width - len(row))])) + ' |', flush=True)
+
+
+def json_of(*command, **kwargs):
+    """Run a command, and return what the JSON in its last line says. Raises MeasurementFailed."""
+    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True,
+                          **kwargs)
+    try:
+        result = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise MeasurementFailed(f'failed: exit code {done.returncode}') from None
+    if 'error' in result:
+        raise MeasurementFailed(result['error'])
+    return result
 
 
 def reference(args, *flags):
-    """The reference script's report."""
-    done = subprocess.run([sys.executable, args.reference, '--data_path', args.data_path,
-                           '--batch_size', str(args.batch_size), *map(str, flags)],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    """Return the reference script's report."""
+    for name in 'limit', 'image_size':
+        if value := getattr(args, name):
+            flags += f'--{name}', value
+    return json_of(args.reference, '--data_path', args.data_path, '--batch_size', args.batch_size,
+                   *flags)
 
 
-def ours(part, args, **more):
-    """What `part` of this file measures, in a new process."""
-    flags = dict(vars(args), **more)
-    done = subprocess.run([sys.executable, __file__, f'_{part}', json.dumps(flags)],
-                          stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(part, args, **more):
+    """Return what a function of MEASUREMENTS measures, in a new process."""
+    return json_of(__file__, 'measure', part, json.dumps({**vars(args), **more}))
+
+
+def measurement(part, args):
+    """Print, in the new process, the measurement as JSON, or why it failed."""
+    try:
+        result = MEASUREMENTS[part](args)
+    except Exception as error:
+        code, line = cli.explain_error(error, args.batch_size, args.num_workers)
+        if not code:
+            raise
+        result = dict(error=line)
+    print(json.dumps(result))
 
 
 def peak_mb(device):
+    """Return the most memory that this process had, in MB: of the host, and of the device."""
     device_peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == 'cuda' else 0
     return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, device_peak]
 
 
+def mb(peak):
+    return '{:.0f} MB host, {:.0f} MB device'.format(*peak)
+
+
+def photos_in_memory(args, root, device, limit=None):
+    """Return the first `limit` photos below `root`, in memory."""
+    folder = PhotoFolder(root, args.image_size, args.num_workers)
+    folder.keep(range(len(folder))[:limit])
+    return PhotosInMemory(folder, device)
+
+
+def new_network(args, device):
+    """Return a UNet, and its optimizer, for the arguments upsample and mode."""
+    torch.manual_seed(0)
+    net = UNet()
+    if args.upsample == 'matmul':
+        use_matmul(net, args.image_size)
+    net = channels_last(net, device)
+    if args.mode != 'eager':
+        net.compile(dynamic=False, **MODES[args.mode])
+    return net, torch.optim.Adam(net.parameters(), 1e-3, fused=device.type != 'mps')
+
+
 # ---------------------------------------------------------------------------- training
 
-def _training(args):
+def measure_training(args):
     """Seconds to read the photos and of each epoch; the held-out PSNR after it, where asked."""
     keep_freed_memory()
-    torch.manual_seed(0)
     device = choose_device('auto')
-    precision = Precision('auto', device)
+    precision = Precision(args.precision, device)
     start = time.perf_counter()
-    names = list_photos(args.data_path)[:args.limit]
-    photos = PhotosInMemory(PhotoFiles(args.data_path, names, 224, args.num_workers), device)
+    photos = photos_in_memory(args, args.data_path, device, args.limit)
     read = time.perf_counter() - start
-    loader = PhotoLoader(photos, list(range(len(names))), args.batch_size, device, seed=0)
-    net = channels_last(UNet(), device)
-    if args.compile:
-        net.compile()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    held = None
+    loader = PhotoLoader(photos, range(len(photos.photos)), args.batch_size, device, seed=0)
+    held_out = None
     if args.val_path:
-        held = list_photos(args.val_path)
-        held = PhotosInMemory(PhotoFiles(args.val_path, held, 224, args.num_workers), device)
-        held = PhotoLoader(held, list(range(len(held.photos))), args.batch_size, device)
+        held_out = photos_in_memory(args, args.val_path, device)
+        held_out = PhotoLoader(held_out, range(len(held_out.photos)), args.batch_size, device)
+    net, optimizer = new_network(args, device)
     epochs, scores = [], []
     for epoch in range(args.epochs):
         start, loader.epoch = time.perf_counter(), epoch
-        colorize.train(net, optimizer, loader, 1, precision=precision)
+        colorize.train_epoch(net, optimizer, loader, Progress(epoch), precision)
         epochs.append(time.perf_counter() - start)
-        if held:
-            stop = argparse.Namespace(number=0)
-            scores.append(colorize.evaluate(net, held, precision, stop)['PSNR/prediction'])
-        if scores and scores[-1] >= args.until:
-            break
-    return dict(read=read, epochs=epochs, photos=len(names), scores=scores, peak=peak_mb(device),
-                total=time.perf_counter() - START)
+        if held_out:
+            metrics = colorize.evaluate(net, held_out, precision, SimpleNamespace(signum=0))
+            scores.append(metrics['PSNR/prediction'])
+            if args.until and scores[-1] >= args.until:
+                break
+    return dict(read=read, epochs=epochs, photos=len(photos.photos), scores=scores,
+                peak=peak_mb(device))
 
 
 def training(args):
     """Photos per second end to end: with the reading on a CPU, from the second epoch on a GPU."""
     gpu = torch.cuda.is_available()
-    args.epochs = 3 if gpu else 1
+    epochs = 3 if gpu else 1
     rates = {'reference': [], 'this project': []}
     for _ in range(args.repeat):
-        report = reference(args, '--epochs', args.epochs, *(['--limit', args.limit]
-                                                            if args.limit else []))
-        seconds = [epoch['seconds'] for epoch in report['epochs']]
-        rates['reference'].append(report['photos'] * len(seconds[gpu:]) / sum(seconds[gpu:]))
-        own = ours('training', args)
+        report = reference(args, '--epochs', epochs)
+        seconds = [epoch['seconds'] for epoch in report['epochs']][gpu:]
+        rates['reference'].append(report['photos'] * len(seconds) / sum(seconds))
+        own = measure('training', args, epochs=epochs, val_path='')
         seconds = own['epochs'][1:] if gpu else [own['read'] + own['epochs'][0]]
         rates['this project'].append(own['photos'] * len(seconds) / sum(seconds))
     a, b = (median(rate) for rate in rates.values())
-    table(f'training, photos/s, batch {args.batch_size}, 224×224, {own["photos"]} photos',
+    table(f'training, photos/s, batch {args.batch_size}, {square(args)}, {own["photos"]} photos, '
+          f'{args.mode}',
           [[name, *(f'{rate:.2f}' for rate in row)] for name, row in rates.items()]
-          + [['ratio of the medians', f'{b / a:.1f}×']])
+          + [['ratio of the medians', f'{b / a:.1f}×'], ['peak', mb(own['peak'])]])
 
 
 def quality(args):
     """Time until the reference's held-out PSNR after its epochs, reading and start included."""
+    if not args.val_path:
+        raise cli.UsageError('quality needs --val_path, a folder of photos to measure the PSNR on')
     start = time.perf_counter()
-    report = reference(args, '--epochs', args.epochs, '--val_path', args.val_path,
-                       *(['--limit', args.limit] if args.limit else []))
+    report = reference(args, '--epochs', args.epochs, '--val_path', args.val_path)
     whole, goal = time.perf_counter() - start, report['val_psnr']
     start = time.perf_counter()
-    own = ours('training', args, until=goal, epochs=10 * args.epochs)
-    seconds = time.perf_counter() - start
+    own = measure('training', args, until=goal, epochs=10 * args.epochs)
+    seconds, best = time.perf_counter() - start, max(own['scores'])
     table(f'seconds until a held-out PSNR of {goal:.2f} dB', [
         ['reference', f'{whole:.0f}', f'{args.epochs} epochs'],
-        ['this project', f'{seconds:.0f}', f'{len(own["scores"])} epochs',
-         f'{own["scores"][-1]:.2f} dB'],
-        ['ratio', f'1/{whole / seconds:.1f}']])
+        ['this project', f'{seconds:.0f}', f'{len(own["scores"])} epochs', f'{best:.2f} dB'],
+        ['ratio', f'1/{whole / seconds:.1f}' if best >= goal else 'not reached']])
+
+
+def square(args):
+    return f'{args.image_size}×{args.image_size}'
 
 
 # ---------------------------------------------------------------------------- decoding
@@ -158,20 +220,23 @@ def decoding(args):
         for n, name in enumerate(names[:6]):
             photo = ImageOps.fit(load_photo(os.path.join(args.data_path, name)), (4000, 3000))
             photo.save(f'{folder}/{n}.jpg', quality=90)
-        for title, root in ('as they are', args.data_path), ('12-megapixel JPEGs', folder):
-            names, rates = list_photos(root), ([], [])
+        for title, root, limit in (('as they are', args.data_path, args.limit),
+                                   ('12-megapixel JPEGs', folder, args.limit)):
+            rates = [], []
             loader = get_colorized_dataset_loader(root, batch_size=args.batch_size)
+            loader.dataset.samples = loader.dataset.samples[:limit]
             loader.dataset.loader = default_loader  # torchvision's, as in the course
-            for _ in range(max(3, args.repeat)):
-                start = time.perf_counter()
-                for _ in loader:
-                    pass
-                rates[0].append(len(names) / (time.perf_counter() - start))
-                start = time.perf_counter()
-                PhotosInMemory(PhotoFiles(root, names, 224, num_workers=1), torch.device('cpu'))
-                rates[1].append(len(names) / (time.perf_counter() - start))
-            a, b = (median(rate) for rate in rates)
-            table(f'decoding, photos/s on one core, {len(names)} photos {title}',
+            for _ in range(args.repeat):
+                for rate, read in zip(rates, (
+                        lambda loader=loader: deque(loader, maxlen=0),
+                        lambda root=root, limit=limit: photos_in_memory(
+                            SimpleNamespace(image_size=224, num_workers=1), root, 'cpu', limit)),
+                        strict=True):
+                    start = time.perf_counter()
+                    read()
+                    rate.append(len(loader.dataset) / (time.perf_counter() - start))
+            a, b = map(median, rates)
+            table(f'decoding, photos/s on one core, {len(loader.dataset)} photos {title}',
                   [['reference pipeline', f'{a:.1f}'], ['this project', f'{b:.1f}'],
                    ['ratio', f'{b / a:.1f}×']])
 
@@ -190,87 +255,86 @@ def seconds_of(act, device, repeat=5):
     return median(times[2:])
 
 
-def floor(device):
-    """(seconds of a training step per photo that nothing beats, copy GB/s, TFLOP/s), measured."""
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[Precision('auto', device).name] \
-        if Precision('auto', device).name != 'fp32' else torch.float32
-    side = 8192 if device.type == 'cuda' else 2048
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    source = torch.empty(2 ** 30 if device.type == 'cuda' else 2 ** 28, dtype=torch.uint8,
-                         device=device)
+def measure_floor(args):
+    """Copies in GB/s, matrix products in TFLOP/s, and the photos/s that no training step beats."""
+    device = choose_device('auto')
+    precision = Precision(args.precision, device).name
+    side, size = (8192, 2 ** 30) if device.type == 'cuda' else (2048, 2 ** 28)
+    matrix = torch.randn(side, side, device=device, dtype=dict(
+        bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision])
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     flops = 2 * side ** 3 / seconds_of(lambda: matrix @ matrix, device)
-    rate = 2 * source.numel() / seconds_of(lambda: target.copy_(source), device)
-    return max(6 * MULTIPLY_ADDS / flops, BYTES / rate), rate / 1e9, flops / 1e12
+    rate = 2 * size / seconds_of(lambda: target.copy_(source), device)
+    pixels = (args.image_size / 224) ** 2
+    wide = 2 if precision == 'fp32' else 1
+    seconds = pixels * max(6 * MULTIPLY_ADDS / flops, wide * BYTES / rate)
+    return dict(copy=rate / 1e9, matrix=flops / 1e12, floor=1 / seconds, precision=precision)
 
 
-def _network(args):
-    """Photos per second of training steps on one batch that is there already."""
+def new_step(args, device):
+    """Return a function that takes a training step, on one batch that is there already."""
+    net, optimizer = new_network(args, device)
+    precision = Precision(args.precision, device)
+    y = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    y = y.contiguous(memory_format=torch.channels_last)
+    batch = y.mean(1, keepdim=True) * 2 - 1, y
+    return lambda: colorize.train_step(net, optimizer, precision, batch, args.batch_size)
+
+
+def measure_network(args):
+    """Photos per second of training steps."""
     keep_freed_memory()
     device = choose_device('auto')
-    precision = Precision('auto', device)
-    net = channels_last(UNet(), device)
-    if args.compile:
-        net.compile()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    y = torch.rand(args.batch_size, 3, 224, 224, device=device)
-    y = y.contiguous(memory_format=torch.channels_last)
-    x = y.mean(1, keepdim=True) * 2 - 1
-
-    def step():
-        with precision.autocast:
-            loss = mse_loss(net(x), y)
-        optimizer.zero_grad()
-        precision.scaler.scale(loss).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-
-    rate = args.batch_size / seconds_of(step, device, 20 if device.type == 'cuda' else 3)
-    return dict(rate=rate, peak=peak_mb(device))
+    seconds = seconds_of(new_step(args, device), device, 20 if device.type == 'cuda' else 3)
+    return dict(rate=args.batch_size / seconds, peak=peak_mb(device))
 
 
 def network(args):
-    """The best batch size, eager and compiled, against the floor."""
-    device = choose_device('auto')
-    least, copy, flops = floor(device)
-    sizes = (16, 32, 64, 128, 256) if device.type == 'cuda' else (8, 32)
-    rows = [['copy', f'{copy:.0f} GB/s'], ['matrix product', f'{flops:.2f} TFLOP/s'],
-            ['floor', f'{1 / least:.1f} photos/s']]
-    for compiled in (False, True) if device.type == 'cuda' else (False,):
-        for size in sizes:
-            own = ours('network', args, compile=compiled, batch_size=size)
-            rows.append(['compiled' if compiled else 'eager', f'batch {size}',
-                         f'{own["rate"]:.1f} photos/s', f'{100 * own["rate"] * least:.0f} %',
-                         '{:.0f} MB host, {:.0f} MB device'.format(*own['peak'])])
-    table('training steps, 224×224, and the part of the floor they reach', rows)
+    """Each way of computing, with each batch size, against the floor."""
+    gpu = torch.cuda.is_available()
+    floor = measure('floor', args)
+    rows = [['copy', f'{floor["copy"]:.0f} GB/s'],
+            ['matrix product', f'{floor["matrix"]:.2f} TFLOP/s'],
+            ['floor', f'{floor["floor"]:.1f} photos/s']]
+    for mode in args.modes or (MODES if gpu else ['eager']):
+        for size in args.batch_sizes or ((16, 32, 64, 128, 256) if gpu else (8, 32)):
+            try:
+                own = measure('network', args, mode=mode, batch_size=size)
+                cells = [f'{own["rate"]:.1f} photos/s', f'{own["rate"] / floor["floor"]:.0%}',
+                         mb(own['peak'])]
+            except MeasurementFailed as failure:
+                cells = [str(failure)]
+            rows.append([f'{mode}, batch {size}', *cells])
+    table(f'training steps, {square(args)}, {floor["precision"]}, upsampling by {args.upsample}, '
+          'and the part of the floor that they reach', rows)
 
 
 # ---------------------------------------------------------------------------- start
 
-def _start(args):
+def measure_start(args):
+    """Seconds of each part until the first step is done."""
     imported = time.perf_counter() - START
     keep_freed_memory()
     begun = time.perf_counter()
     device = choose_device('auto')
-    names = list_photos(args.data_path)[:args.limit]
-    listed = time.perf_counter()
-    photos = PhotosInMemory(PhotoFiles(args.data_path, names, 224, args.num_workers), device)
+    photos = photos_in_memory(args, args.data_path, device, args.limit)
     read = time.perf_counter()
-    loader = PhotoLoader(photos, list(range(len(names)))[:args.batch_size], args.batch_size, device)
-    net = channels_last(UNet(), device)
-    colorize.train(net, torch.optim.Adam(net.parameters(), fused=True), loader, 1,
-                   precision=Precision('auto', device))
-    return dict(imports=imported, listing=listed - begun, reading=read - listed,
-                first_step=time.perf_counter() - read, peak=peak_mb(device))
+    first = range(len(photos.photos))[:args.batch_size]
+    loader = PhotoLoader(photos, first, args.batch_size, device)
+    net, optimizer = new_network(args, device)
+    colorize.train_epoch(net, optimizer, loader, Progress(), Precision(args.precision, device))
+    return dict(imports=imported, reading=read - begun, first_step=time.perf_counter() - read,
+                peak=peak_mb(device))
 
 
 def start(args):
-    own = ours('start', args)
+    """Where the first seconds go, and the memory."""
+    own = measure('start', args)
     peak = own.pop('peak')
     table('seconds until the first training step is done',
-          [[name, f'{seconds:.1f}'] for name, seconds in own.items()]
-          + [['together', f'{sum(own.values()):.1f}'],
-             ['peak', '{:.0f} MB host, {:.0f} MB device'.format(*peak)]])
+          [[name.replace('_', ' '), f'{seconds:.1f}'] for name, seconds in own.items()]
+          + [['together', f'{sum(own.values()):.1f}'], ['peak', mb(peak)]])
 
 
 # ---------------------------------------------------------------------------- processes
@@ -285,55 +349,89 @@ def processes(args):
                     [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                      f'--nproc_per_node={count}', colorize.__file__, '--val_fraction', '0',
                      '--data_path', Path(args.data_path).absolute(), '--epochs', '2',
-                     '--batch_size', str(args.batch_size)], cwd=home, stdout=subprocess.PIPE,
-                    check=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                     '--image_size', str(args.image_size), '--batch_size', str(args.batch_size)],
+                    cwd=home, stdout=subprocess.PIPE, text=True,
+                    env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            if done.returncode:
+                raise MeasurementFailed(f'{name} failed: exit code {done.returncode}')
             rates[name].append(float(re.findall(r'([0-9.]+) photos/s', done.stdout)[-1]))
     one, two = (median(rate) for rate in rates.values())
-    table(f'training, photos/s, batch {args.batch_size} over all processes, 224×224',
+    table(f'training, photos/s, batch {args.batch_size} over all processes, {square(args)}',
           [[name, *row] for name, row in rates.items()]
           + [['ratio of the medians', f'{two / one:.2f}×']])
 
 
+# ---------------------------------------------------------------------------- command line
+
+PARTS = dict(training=training, quality=quality, decoding=decoding, network=network, start=start,
+             processes=processes)
+MEASUREMENTS = dict(training=measure_training, floor=measure_floor, network=measure_network,
+                    start=measure_start)
+
+
 def cut(source, count, folder):
-    """`count` photos of 256×256 from those in `source`: crops, each second one mirrored."""
+    """Save `count` photos of 256×256 from those in `source`: crops, each second one mirrored."""
     names = list_photos(source)
     for n in range(count):
         photo = load_photo(os.path.join(source, names[n % len(names)]))
+        if min(photo.size) < 256:
+            photo = ImageOps.fit(photo, (256, 256))
         turn = n // len(names)
         left, top = (turn * 37) % (photo.width - 255), (turn * 61) % (photo.height - 255)
         photo = photo.crop((left, top, left + 256, top + 256))
         (ImageOps.mirror(photo) if turn % 2 else photo).save(f'{folder}/{n:05}.jpg', quality=90)
 
 
-def main():
-    if sys.argv[1:] and sys.argv[1].startswith('_'):  # a measurement's own process
-        args = argparse.Namespace(**json.loads(sys.argv[2]))
-        print(json.dumps(globals()[sys.argv[1]](args)))
-        return
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=(
-        'training', 'quality', 'decoding', 'network', 'start', 'processes'))
-    parser.add_argument('--data_path')
-    parser.add_argument('--val_path', default='')
-    parser.add_argument('--reference')
-    parser.add_argument('--photos', type=int, help='cut so many of 256×256 and measure with those')
-    parser.add_argument('--limit', type=int, help='use the first LIMIT photos only')
-    parser.add_argument('--batch_size', type=int, default=32)
-    parser.add_argument('--epochs', type=int, default=10, help="the reference's, for quality")
-    parser.add_argument('--repeat', type=int, default=3)
-    parser.add_argument('--compile', action='store_true')
-    args = parser.parse_args()
-    args.num_workers, args.until = min(8, os.cpu_count()), float('inf')
-    print(f'{time.strftime("%Y-%m-%d")}, {describe_device(choose_device("auto"))}, '
-          f'torch {torch.__version__}: python {" ".join(sys.argv)}')
-    with tempfile.TemporaryDirectory() as folder:
-        if args.photos:
-            (Path(folder) / 'photos').mkdir()
-            cut(args.data_path, args.photos, f'{folder}/photos')
-            args.data_path = folder
-        globals()[args.what](args)
+    add = parser.add_argument
+    add('part', choices=PARTS, nargs='?', help='what to measure')
+    add('--data_path', default='data/landscapes', help='a folder of photos [%(default)s]')
+    add('--val_path', default='', help='photos to measure the PSNR on, for quality')
+    add('--reference', default=str(HERE / 'reference.py'), help='a plain training script')
+    add('--photos', type=int, help='cut so many of 256×256 and measure with those')
+    add('--limit', type=int, help='use the first LIMIT photos only')
+    add('--image_size', type=cli.multiple_of_8, default=224, help='[%(default)s]')
+    add('--batch_size', type=cli.positive_int, default=32, help='[%(default)s]')
+    add('--epochs', type=cli.positive_int, default=10,
+        help="the reference's, for quality [%(default)s]")
+    add('--repeat', type=cli.positive_int, default=3, help='[%(default)s]')
+    add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto')
+    add('--mode', choices=MODES, default='eager', help='how training computes [%(default)s]')
+    add('--modes', choices=MODES, nargs='+', help='for network [all on a GPU]')
+    add('--batch_sizes', type=cli.positive_int, nargs='+', help='for network')
+    add('--upsample', choices=('interpolate', 'matmul'), default='interpolate',
+        help="torch's own, or as two matrix products [%(default)s]")
+    args = parser.parse_args(argv)
+    if not args.part:
+        parser.print_help()
+        parser.exit()
+    args.num_workers, args.until = min(8, os.cpu_count()), None
+    return args
+
+
+def main():
+    if sys.argv[1:2] == ['measure']:
+        measurement(sys.argv[2], SimpleNamespace(**json.loads(sys.argv[3])))
+        return 0
+    args = parse_args(None)
+    # not choose_device: measurements need all of the GPU's memory
+    device = describe_device(torch.device('cuda', 0) if torch.cuda.is_available() else
+                             choose_device('auto'))
+    print(f'{time.strftime("%Y-%m-%d")}, {device}, torch {torch.__version__}: '
+          f'python {" ".join(sys.argv)}', flush=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.photos:
+                cut(args.data_path, args.photos, folder)
+                args.data_path = folder
+            PARTS[args.part](args)
+    except (MeasurementFailed, cli.UsageError) as error:
+        print(f'speed.py: {error}', file=sys.stderr)
+        return 2 if isinstance(error, cli.UsageError) else 1
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,10 +1,13 @@
 """download_landscapes.sh, against a server of our own on the loopback."""
+import contextlib
 import hashlib
 import http.server
 import io
 import json
 import os
+import random
 import shutil
+import signal
 import stat
 import subprocess
 import threading
@@ -13,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from damage import damaged
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / 'download_landscapes.sh'
@@ -29,6 +33,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
+        if self.path == '/hold':
+            server.held.set()
+            server.release.wait(60)
+            return self.send_error(204)
         asked = self.headers.get('Range')
         server.requests.append((self.path, asked))
         if self.path not in server.files:
@@ -65,6 +73,7 @@ def server():
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         server.files, server.requests = {}, []
         server.ranges, server.cut, server.stall = True, False, None
+        server.held, server.release = threading.Event(), threading.Event()
         server.url = f'http://127.0.0.1:{server.server_port}{ARCHIVE}'
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -121,7 +130,11 @@ def call(project, server, *flags, cwd=None, **kwargs):
 def tree(project):
     """Every file of the project, hidden ones too, but for the script."""
     files = {p.relative_to(project).as_posix() for p in project.rglob('*') if not p.is_dir()}
-    return files - {'download_landscapes.sh'}
+    return files - {'download_landscapes.sh', LOCK, 'data/landscapes/.landscapes.lock'}
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
 def taken(photos):
@@ -145,6 +158,7 @@ def tools_without(folder, *hidden):
 GOOD_END = '3 photos in data/landscapes: python colorize.py\n'
 HERE_ALREADY = '3 photos already in data/landscapes: python colorize.py\n'
 PART = 'data/landscapes_small.zip.part'
+LOCK = 'data/.landscapes.lock'
 
 
 def leave_part(project, data):
@@ -160,7 +174,7 @@ def test_photos_end_up_below_their_kind(project, server, top):
         f'__MACOSX/{top}city/._1.jpg': b'x', f'__MACOSX/{top}city/1.jpg': b'x'})
     assert call(project, server) == (0, GOOD_END, '')
     assert tree(project) == taken(PHOTOS)
-    assert sorted(p.name for p in (project / 'data').iterdir()) == ['landscapes']
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
     for name, data in PHOTOS.items():
         assert (project / 'data/landscapes' / name).read_bytes() == data
     assert server.requests == [(ARCHIVE, None)]
@@ -224,7 +238,7 @@ def test_killed_while_its_curl_lives_on(project, server):
     assert call(project, server) == (0, GOOD_END, '')
     assert len(server.requests) == 2
     assert tree(project) == taken(PHOTOS)
-    assert sorted(p.name for p in (project / 'data').iterdir()) == ['landscapes']
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
 
 
 @pytest.mark.parametrize('tool', [pytest.param('curl', marks=needs_curl),
@@ -265,10 +279,10 @@ def test_part_that_is_all_there_is_not_fetched_again(project, server):
 
 def test_cleans_up_after_killed_calls(project, server):
     server.files[ARCHIVE] = GOOD
-    (project / 'data/landscapes.tmp.aBcDeF/landscapes').mkdir(parents=True)
-    (project / 'data/landscapes.tmp.aBcDeF/landscapes/1.jpg').write_bytes(b'half')
+    (project / 'data/.landscapes.tmp.aBcDeF/landscapes').mkdir(parents=True)
+    (project / 'data/.landscapes.tmp.aBcDeF/landscapes/1.jpg').write_bytes(b'half')
     assert call(project, server) == (0, GOOD_END, '')
-    assert sorted(p.name for p in (project / 'data').iterdir()) == ['landscapes']
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
     (project / PART).write_bytes(GOOD)  # killed between the last two steps
     assert call(project, server) == (0, HERE_ALREADY, '')
     assert tree(project) == taken(PHOTOS)
@@ -293,7 +307,8 @@ def test_names_that_climb_out(project, server, tmp_path, name):
     assert call(project, server) == (1, '', said(
         f'cannot unpack {PART}: {name} is a link or lies outside the folder, '
         'so take another copy'))
-    assert set(tmp_path.rglob('*')) - before == {project / 'data', project / PART}
+    assert set(tmp_path.rglob('*')) - before == {
+        project / 'data', project / PART, project / LOCK}
 
 
 def test_symlink(project, server):
@@ -313,7 +328,7 @@ def test_symlink(project, server):
 def test_not_a_zip(project, server):
     server.files[ARCHIVE] = b'hello'
     assert call(project, server) == (1, '', said(
-        f'cannot unpack {PART}: zipfile.BadZipFile: File is not a zip file'))
+        f'cannot unpack {PART}: BadZipFile: File is not a zip file'))
 
 
 def test_no_photos(project, server):
@@ -391,11 +406,11 @@ def test_an_empty_folder_is_filled(project, server):
     assert tree(project) == taken(PHOTOS)
 
 
-def serve_records(server, licences):
-    """licences: {kind/key: (clean name, licence)}"""
+def serve_records(server, licenses):
+    """licenses: {kind/key: (clean name, license)}"""
     for kind in KINDS:
         records = {name.split('/')[1]: {'clean_name': clean, 'license': number}
-                   for name, (clean, number) in licences.items() if name.startswith(kind + '/')}
+                   for name, (clean, number) in licenses.items() if name.startswith(kind + '/')}
         path = f'/landscapes/licenses/{kind}_photos_info.json'
         server.files[path] = json.dumps(records).encode()
 
@@ -425,7 +440,7 @@ def test_remixable_stops_at_a_photo_without_a_record(project, server, records):
     server.files[ARCHIVE] = GOOD
     serve_records(server, records)
     assert call(project, server, '--remixable') == (2, '', said(
-        f'cannot unpack {PART}: lake/1.jpeg has no licence record, so --remixable cannot tell'))
+        f'cannot unpack {PART}: lake/1.jpeg has no license record, so --remixable cannot tell'))
     assert tree(project) == {PART}
     # what has arrived serves a call without the flag
     asked = len(server.requests)
@@ -465,3 +480,302 @@ def test_help(project, server, flag):
     assert (code, err) == (0, '')
     assert '  ./download_landscapes.sh --remixable ' in out and 'set -e' not in out
     assert tree(project) == set() and server.requests == []
+
+
+# ---------------------------------------------------------------------------- side by side
+
+HOOK = '''
+import os, shutil, urllib.request, zipfile
+extract = zipfile.ZipFile.extract
+
+def hold(archive, member, folder):
+    """After the first photo: wait for the test, or lose what is there."""
+    path = extract(archive, member, folder)
+    if 'HOLD' in os.environ:
+        urllib.request.urlopen(os.environ.pop('HOLD')).read()
+    if os.environ.pop('LOSE', None):
+        shutil.rmtree(folder)
+    return path
+
+zipfile.ZipFile.extract = hold
+'''
+WAITING = said('another call is filling data/landscapes: waiting for its end')
+
+
+@pytest.fixture
+def start(project, server, tmp_path):
+    """start(HOLD=url): a call in the background, with these words in its environment."""
+    (tmp_path / 'hook').mkdir()
+    (tmp_path / 'hook/sitecustomize.py').write_text(HOOK)
+    calls = []
+
+    def start(**words):
+        calls.append(subprocess.Popen(
+            [project / 'download_landscapes.sh'], stdin=subprocess.DEVNULL, text=True,
+            env=environment(server) | {'PYTHONPATH': str(tmp_path / 'hook')} | words,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
+        return calls[-1]
+    yield start
+    server.release.set()
+    for running in calls:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+
+
+def hold(server):
+    return server.url.replace(ARCHIVE, '/hold')
+
+
+def end(running):
+    out, err = running.communicate(timeout=60)
+    return running.returncode, out, err
+
+
+@pytest.mark.parametrize('folder', [None, 'data/landscapes'])
+def test_a_second_call_waits_for_the_first(project, server, start, folder):
+    server.files[ARCHIVE] = GOOD
+    if folder:
+        (project / folder).mkdir(parents=True)
+    first = start(HOLD=hold(server))
+    assert server.held.wait(60)
+    second = start()
+    assert second.stderr.readline() == WAITING
+    server.release.set()
+    assert end(first) == (0, GOOD_END, '')
+    assert end(second) == (0, HERE_ALREADY, '')
+    assert tree(project) == taken(PHOTOS)
+    assert server.requests == [(ARCHIVE, None)]
+
+
+def test_two_projects_that_share_a_folder(project, server, start, tmp_path):
+    server.files[ARCHIVE] = GOOD
+    disk, other = tmp_path / 'disk', tmp_path / 'other'
+    for folder in project / 'data', other / 'data', disk:
+        folder.mkdir(parents=True)
+    for folder in project, other:
+        (folder / 'data/landscapes').symlink_to(disk)
+    shutil.copy(SCRIPT, other)
+    first = start(HOLD=hold(server))
+    assert server.held.wait(60)
+    second = subprocess.Popen([other / 'download_landscapes.sh'], env=environment(server),
+                              stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert second.stderr.readline() == WAITING
+    server.release.set()
+    assert end(first) == (0, GOOD_END, '')
+    assert end(second) == (0, HERE_ALREADY, '')
+    assert names(disk) == ['.landscapes.lock', 'city', 'lake']
+
+
+def test_photos_that_vanish_while_they_are_unpacked_are_missed(project, server, start):
+    server.files[ARCHIVE] = GOOD
+    assert end(start(LOSE='1')) == (1, '', said(
+        f'cannot unpack {PART}: 2 of 3 photos have arrived in the folder: call again'))
+    assert tree(project) == {PART}
+    assert call(project, server) == (0, GOOD_END, '')
+    assert tree(project) == taken(PHOTOS)
+
+
+@pytest.mark.parametrize('folder', [None, 'data/landscapes'])
+def test_the_lock_is_gone_with_a_killed_call(project, server, start, folder):
+    server.files[ARCHIVE] = GOOD
+    if folder:
+        (project / folder).mkdir(parents=True)
+    first = start(HOLD=hold(server))
+    assert server.held.wait(60)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert call(project, server) == (0, GOOD_END, '')
+    assert tree(project) == taken(PHOTOS)
+
+
+def test_killed_while_its_unpacking_lives_on(project, server, start):
+    server.files[ARCHIVE] = GOOD
+    first = start(HOLD=hold(server))
+    assert server.held.wait(60)
+    first.kill()
+    first.wait()
+    second = start()
+    assert second.stderr.readline() == WAITING
+    server.release.set()
+    assert end(second) == (0, GOOD_END, '')
+    assert tree(project) == taken(PHOTOS)
+    assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
+
+
+# ---------------------------------------------------------------------------- links
+
+def link(project, target):
+    (project / 'data').mkdir()
+    (project / 'data/landscapes').symlink_to(target)
+
+
+@pytest.mark.parametrize('there', [[], ['lost+found'], ['.DS_Store']])
+def test_a_link_to_an_empty_folder_is_filled(project, server, tmp_path, there):
+    server.files[ARCHIVE] = GOOD
+    disk = tmp_path / 'disk/landscapes'
+    disk.mkdir(parents=True, mode=0o750)
+    for name in there:
+        (disk / name).mkdir()
+    link(project, disk)
+    number = disk.stat().st_ino
+    assert call(project, server) == (0, GOOD_END, '')
+    assert (project / 'data/landscapes').readlink() == disk
+    assert (disk.stat().st_ino, disk.stat().st_mode & 0o777) == (number, 0o750)
+    assert names(disk) == sorted(['.landscapes.lock', 'city', 'lake', *there])
+    assert {name: (disk / name).read_bytes() for name in PHOTOS} == PHOTOS
+    assert names(project / 'data') == ['landscapes'] and names(disk.parent) == ['landscapes']
+    assert call(project, server) == (0, HERE_ALREADY, '')
+
+
+@needs_curl
+def test_behind_a_link_a_download_goes_on_too(project, server, tmp_path):
+    server.files[ARCHIVE] = GOOD
+    server.cut = True
+    (tmp_path / 'disk').mkdir()
+    link(project, tmp_path / 'disk')
+    assert call(project, server)[0] == 1
+    assert names(tmp_path / 'disk') == ['.landscapes.lock', '.landscapes.zip.part']
+    assert call(project, server) == (0, GOOD_END, '')
+    assert server.requests[1] == (ARCHIVE, f'bytes={len(GOOD) // 2}-')
+    assert names(tmp_path / 'disk') == ['.landscapes.lock', 'city', 'lake']
+
+
+def test_a_dangling_link_gets_its_folder(project, server, tmp_path):
+    server.files[ARCHIVE] = GOOD
+    link(project, '../../disk')
+    assert call(project, server) == (0, GOOD_END, '')
+    assert names(tmp_path / 'disk') == ['.landscapes.lock', 'city', 'lake']
+
+
+@pytest.mark.parametrize('target', ['disk/landscapes', 'project/data/landscapes'])
+def test_a_link_that_leads_nowhere(project, server, tmp_path, target):
+    """Its disk is not mounted, or it is a link to itself."""
+    target = tmp_path / target
+    link(project, target)
+    assert call(project, server) == (1, '', said(
+        f'data/landscapes is a link to {target}, which cannot be made: make it, or remove '
+        'the link'))
+    assert server.requests == []
+
+
+def test_killed_between_two_kinds(project, server, tmp_path):
+    """A folder that is filled where it is has one kind already, and the mark of that."""
+    server.files[ARCHIVE] = GOOD
+    (tmp_path / 'disk/city').mkdir(parents=True)
+    link(project, tmp_path / 'disk')
+    for name in 'city/1.jpg', 'city/2.JPG':
+        (tmp_path / 'disk' / name).write_bytes(PHOTOS[name])
+    (tmp_path / 'disk/.landscapes.unfinished').write_text('\n')
+    assert call(project, server, '--remixable') == (2, '', said(
+        'data/landscapes was begun by a call with other arguments: call again with those'))
+    assert call(project, server) == (0, GOOD_END, '')
+    assert names(tmp_path / 'disk') == ['.landscapes.lock', 'city', 'lake']
+
+
+def test_remixable_behind_a_link(project, server, tmp_path):
+    server.files[ARCHIVE] = GOOD
+    serve_records(server, {'city/1.jpg': ('1.jpg', '1'), 'city/2.JPG': ('2.JPG', '6'),
+                           'lake/1.jpeg': ('1.jpeg', '4')})
+    (tmp_path / 'disk').mkdir()
+    link(project, tmp_path / 'disk')
+    end = (0, '2 photos in data/landscapes: python colorize.py\n', '')
+    assert call(project, server, '--remixable') == end
+    assert names(tmp_path / 'disk') == ['.landscapes.lock', '.remixable', 'city', 'lake']
+    assert call(project, server, '--remixable')[0] == 0
+
+
+def test_a_lock_that_cannot_be_opened(project, server):
+    (project / LOCK).mkdir(parents=True)
+    assert call(project, server) == (1, '', said(
+        f'{LOCK} cannot be written: remove it and call again'))
+    assert server.requests == []
+
+
+def test_a_file_in_the_way(project, server):
+    (project / 'data').mkdir()
+    (project / 'data/landscapes').write_text('mine')
+    assert call(project, server) == (2, '', said(
+        'data/landscapes is a file: move it away and call again'))
+    (project / 'data/landscapes').unlink()
+    (project / 'data').rmdir()
+    (project / 'data').write_text('mine')
+    assert call(project, server) == (1, '', said('the folder data cannot be made here'))
+    assert server.requests == []
+
+
+# ---------------------------------------------------------------------------- hostile archives
+
+def refused(project, server, archive):
+    """What is said of an archive that cannot be unpacked, in one line and with nothing left."""
+    server.files[ARCHIVE] = archive
+    code, out, err = call(project, server)
+    start = f'download_landscapes.sh: cannot unpack {PART}: '
+    assert (code, out) == (1, '') and err.startswith(start) and err.count('\n') == 1
+    assert tree(project) == {PART} and names(project / 'data') == [
+        '.landscapes.lock', 'landscapes_small.zip.part']
+    return err.removeprefix(start).rstrip('\n')
+
+
+def test_a_bomb(project, server):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('city/1.jpg', bytes(2**24))
+    assert refused(project, server, file.getvalue()) == (
+        'it would grow to 16,777,216 bytes, so these are no photos: take another copy')
+
+
+def test_a_bomb_that_lies_about_its_size(project, server):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('city/1.jpg', bytes(2**24 + 12345))
+    size = (2**24 + 12345).to_bytes(4, 'little')
+    assert file.getvalue().count(size) == 2
+    small = file.getvalue().replace(size, (100).to_bytes(4, 'little'))
+    assert refused(project, server, small) == "BadZipFile: Bad CRC-32 for file 'city/1.jpg'"
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_a_name_that_comes_twice(project, server):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+        for data in b'one', b'two':
+            archive.writestr('city/1.jpg', data)
+    assert refused(project, server, file.getvalue()) == (
+        '1 of 2 photos have arrived in the folder: take another copy')
+
+
+@pytest.mark.parametrize('members, reason', [
+    ({'a/b.jpg': b'x', 'a/b.jpg/c.jpg': b'x'}, 'NotADirectoryError: '),
+    ({'city/' + 'a' * 300 + '.jpg': b'x'}, 'OSError: '),
+    ({'../\x1b[31m\nred.jpg': b'x'}, '../?[31m red.jpg is a link or lies outside')])
+def test_names_that_no_file_can_have(project, server, members, reason):
+    assert refused(project, server, make_zip(members)).startswith(reason)
+
+
+@pytest.mark.parametrize('seed', range(15))
+def test_damaged_archives(project, server, tmp_path, seed):
+    archive = damaged(GOOD, random.Random(seed))
+    server.files[ARCHIVE] = archive
+    before = {p for p in tmp_path.rglob('*') if project not in p.parents}
+    code, out, err = call(project, server)
+    assert {p for p in tmp_path.rglob('*') if project not in p.parents} == before
+    left = tree(project)
+    if code == 0:  # a byte that does not matter, a time say
+        assert err == '' and out.endswith(' in data/landscapes: python colorize.py\n')
+        assert left and PART not in left
+    else:
+        assert (code, out) == (1, '') and err.count('\n') == 1 and 'Traceback' not in err
+        assert err.startswith('download_landscapes.sh: cannot ')
+        assert left <= {PART}
+
+
+def test_damage_is_damage_and_comes_from_its_seed():
+    kinds = set()
+    for seed in range(100):
+        copy = damaged(GOOD, random.Random(seed))
+        assert copy != GOOD and copy == damaged(GOOD, random.Random(seed))
+        kinds.add(len(copy) == len(GOOD))
+    assert kinds == {True, False}
+    for seed in range(20):
+        assert damaged(b'x', random.Random(seed)) != b'x'

@@ -5,8 +5,11 @@ import itertools
 import math
 import os
 import pickle
+import shutil
 import signal
+import uuid
 import warnings
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,40 +18,70 @@ import torch
 from utils.cli import UsageError
 from utils.distributed import print0
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
 # ---------------------------------------------------------------------------- files
 
+def atomic_save(content, *paths):
+    """Atomically write `content` (anything that torch.save takes) to each of the paths.
 
-def atomic_save(content, path):
-    """Atomically write `content` (anything that torch.save takes) to `path`.
-
-    Raises OSError naming `path`, which then is as it was.
+    A path that is a link is followed. All files are written before the first takes its name.
+    Raises OSError naming the path that could not be written, which then is as it was.
     """
-    content, temporary = serialize(content), Path(f'{path}.tmp')
+    buffer = io.BytesIO()  # writing to a full disk itself, torch.save would not raise OSError
+    torch.save(content, buffer)
+    written = []
     try:
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path in paths:
+            target = os.path.realpath(path)
+            # a name of its own, because another process may write to the same target
+            temporary = f'{target}.{uuid.uuid4().hex[:8]}.tmp'
+            written.append((temporary, target))
+            with open(temporary, 'xb') as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        for path, names in zip(paths, written, strict=True):  # noqa: B007, `path` is for the error
+            os.replace(*names)
     except OSError as error:
-        with contextlib.suppress(OSError):  # a read-only disk refuses this too
-            temporary.unlink()
+        for temporary, _ in written:
+            with contextlib.suppress(OSError):  # it is in place already, or the disk is read-only
+                os.unlink(temporary)
         raise OSError(error.errno, f'{path} was not saved: {error.strerror}') from error
 
 
-def serialize(content):
-    """Return what torch.save writes, made in memory: a full disk then raises a plain OSError."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 def backup_existing(path):
-    """Rename the file `path` to the first free name with a number, and return that."""
+    """Rename the file `path` to the first free name with a number, and return that.
+
+    A link is followed: the file behind it is renamed.
+    """
+    path = Path(os.path.realpath(path))
     names = (path.with_stem(f'{path.stem}_{number}') for number in itertools.count(1))
     backup = next(name for name in names if not name.exists())
     os.replace(path, backup)
     return backup
+
+
+def lock(path, wait=False):
+    """Return an open file that holds the lock `path` until it is closed, or the process ends.
+
+    Returns None if another process holds it, and `wait` is false.
+    """
+    file = open(path, 'a')
+    if fcntl:
+        try:
+            # a POSIX lock: child processes do not inherit it, and so cannot outlive the owner
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:  # a file system without locks: go on unprotected
+            pass
+    return file
 
 
 def load_tensors(path):
@@ -56,14 +89,18 @@ def load_tensors(path):
 
     Raises UsageError that says what the file is instead.
     """
+    if not os.path.isfile(path):  # reading a pipe or a device could wait forever
+        raise UsageError(f'{path} is a folder' if os.path.isdir(path) else
+                         f'{path} is no regular file')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of foreign files, which are refused here
             return torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
-        raise UsageError(f'{path} cannot be read: {error.strerror}') from error
+        raise UsageError(f'{path} cannot be read: {error.strerror or error}') from error
     except Exception as error:  # a foreign file makes the unpickler raise nearly anything
-        start = Path(path).read_bytes()[:512].lstrip().lower()
+        with open(path, 'rb') as file:
+            start = file.read(512).lstrip().lower()
         what = ('an empty file' if not start else
                 'a web page' if start.startswith(b'<') else
                 'no file of torch.save' if not start.startswith((b'pk', b'\x80')) else
@@ -73,48 +110,83 @@ def load_tensors(path):
         raise UsageError(f'{path} is {what}; nothing in it was run') from error
 
 
+def describe_mismatch(found, expected, name=''):
+    """Return in words how `found`, from a file, differs from `expected`; '' if it fits.
+
+    Dicts need the same keys, tensors the same shape and dtype and finite values, other values
+    the same type. Float values must not be NaN.
+    """
+    if isinstance(expected, dict):
+        if not isinstance(found, dict):
+            return f'{name or "it"} is a {type(found).__name__}, not a dict'
+        for key in sorted(map(str, expected.keys() - found.keys())):
+            return f'it has no {name}{key}'
+        for key in sorted(map(str, found.keys() - expected.keys())):
+            return f'it has {name}{key}'
+        mismatches = (describe_mismatch(found[key], value, f'{name}{key}' + '.' * isinstance(
+            value, dict)) for key, value in expected.items())
+        return next(filter(None, mismatches), '')
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(found, torch.Tensor) or found.layout != torch.strided or found.is_meta:
+            return f'{name} is no plain tensor'
+        if found.shape != expected.shape:
+            return f'{name} is {tuple(found.shape)}, not {tuple(expected.shape)}'
+        if found.dtype != expected.dtype:
+            return f'{name} is {found.dtype}, not {expected.dtype}'
+        return '' if found.isfinite().all() else f'{name} is not finite'
+    if type(found) is not type(expected) or found != found:
+        return f'{name} is {str(found)[:50]}'
+    return ''
+
+
 # ---------------------------------------------------------------------------- weights
 
 def plain_state_dict(net):
-    """Return the weights as any laptop can load them: contiguous CPU float32 tensors."""
-    return {name: value.detach().to('cpu', torch.float32, memory_format=torch.contiguous_format)
-            for name, value in net.state_dict().items()}
+    """Return the weights as any laptop can load them: contiguous CPU float32 tensors.
+
+    `net.image_size` travels in the metadata, where PyTorch keeps the versions of modules.
+    """
+    state = net.state_dict()
+    plain = OrderedDict(
+        (name, value.detach().to('cpu', torch.float32, memory_format=torch.contiguous_format))
+        for name, value in state.items())
+    plain._metadata = OrderedDict(state._metadata)
+    plain._metadata[''] = dict(state._metadata[''], image_size=getattr(net, 'image_size', None))
+    return plain
 
 
 def load_weights(net, path):
     """Load the weights in the file `path`, as training saves them, into `net`, and return it.
 
-    Raises UsageError if the file holds anything else, saying what.
+    `net.image_size` becomes the side in pixels of the photos that it was trained on, or None if
+    the file does not tell. Raises UsageError if the file holds anything else, saying what.
     """
     expected = "expected the state_dict of this project's UNet, as colorize.py saves in unet.pth"
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         raise UsageError(f'no weights file {path}: train with colorize.py, or name it with '
                          '--weights')
     try:
         state = load_tensors(path)
     except UsageError as error:
         raise UsageError(f'{error}; {expected}') from error
+    if isinstance(state, dict) and {'net', 'optimizer', 'progress'} <= state.keys():
+        raise UsageError(f'{path} holds a checkpoint of a training run, not its weights; '
+                         f'{expected}')
     if mismatch := describe_mismatch(state, net.state_dict()):
-        raise UsageError(f'{path} holds {mismatch}; {expected}')
-    net.load_state_dict(state)
+        raise UsageError(f'{path} holds other weights ({mismatch}); {expected}')
+    net.load_state_dict(dict(state))
+    net.image_size = stored_image_size(state, path)
     return net
 
 
-def describe_mismatch(state, expected):
-    """Return in words how a loaded state_dict differs from the `expected` one; '' if it fits."""
-    if not isinstance(state, dict):
-        return f'a {type(state).__name__}'
-    if {'net', 'optimizer', 'progress'} <= state.keys():
-        return 'a checkpoint of a training run, not its weights'
-    for name in sorted(map(str, expected.keys() - state.keys())):
-        return f'another network (it has no {name})'
-    for name in sorted(map(str, state.keys() - expected.keys())):
-        return f'another network (it has {name})'
-    for name, value in expected.items():
-        shape = tuple(getattr(state[name], 'shape', ()))
-        if shape != value.shape:
-            return f'another network ({name} is {shape}, not {tuple(value.shape)})'
-    return ''
+def stored_image_size(state, path):
+    """Return the image size in the metadata of a state_dict, or None. Raises UsageError."""
+    metadata = getattr(state, '_metadata', None)
+    metadata = metadata.get('') if isinstance(metadata, dict) else None
+    size = metadata.get('image_size') if isinstance(metadata, dict) else None
+    if size is not None and not (type(size) is int and 8 <= size <= 4096 and size % 8 == 0):
+        raise UsageError(f'{path} says it was trained at {str(size)[:50]} pixels, which cannot be')
+    return size
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -126,7 +198,13 @@ class Progress:
     step: int = 0             # finished steps of the running epoch
     loss_sum: float = 0.0     # over the photos seen in the running epoch
     photos: int = 0           # seen in the running epoch
-    best: float = math.inf    # the lowest validation loss
+    best: float = math.inf    # the lowest objective on the held-out photos
+    best_epoch: int = 0       # the epoch that had it, whose weights are saved
+    best_gain: float = 0.0    # dB over the gray copy in that epoch
+
+    def place(self, step=None):
+        """Return in words where the run is, or was at the given step of the running epoch."""
+        return f'at step {step or self.step} of epoch {self.epoch + 1}'
 
     def finish_epoch(self):
         """Count the running epoch as finished."""
@@ -136,51 +214,84 @@ class Progress:
 
 @dataclass
 class State:
-    """Everything needed to go on with a run; `settings` must stay the same for that."""
+    """Everything needed to go on with a run, and the settings that it was started with."""
     net: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Adam
     scaler: torch.amp.GradScaler
     progress: Progress
     settings: dict
 
     def save(self, path):
         """Atomically write a checkpoint to `path`. Raises OSError naming it."""
-        atomic_save(dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+        # of the optimizer only its state: how it works best on a device is the next run's to say
+        atomic_save(dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict()['state'],
                          scaler=self.scaler.state_dict(), progress=asdict(self.progress),
                          settings=self.settings), path)
 
     def restore(self, checkpoint):
         """Take over what load_checkpoint returned."""
         self.net.load_state_dict(checkpoint['net'])
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
-        if checkpoint['scaler']:  # empty unless the run was in float16
+        parameters = dict(enumerate(self.net.parameters()))
+        # Adam's kernels need its averages in the memory layout of the weights
+        averages = {index: {name: value if name == 'step' else
+                            torch.empty_like(parameters[index]).copy_(value)
+                            for name, value in state.items()}
+                    for index, state in checkpoint['optimizer'].items()}
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=averages))
+        if checkpoint['scaler'] and self.scaler.is_enabled():  # empty unless in float16
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.progress = Progress(**checkpoint['progress'])
 
 
-def load_checkpoint(path, net, settings):
+def load_checkpoint(path, net):
     """Return the checkpoint at `path` (a dict), or None if there is none yet.
 
-    Raises UsageError if `settings` contradict it, or it is no checkpoint of a network like `net`.
+    Raises UsageError if it is not what this program writes for a network like `net`.
     """
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return None
     remedy = 'move it away to start afresh'
     try:
         checkpoint = load_tensors(path)
     except UsageError as error:
         raise UsageError(f'{error}; {remedy}') from error
-    expected = {'net', 'optimizer', 'scaler', 'progress', 'settings'}
-    if (not isinstance(checkpoint, dict) or checkpoint.keys() != expected
-            or checkpoint['progress'].keys() != asdict(Progress()).keys()):
-        raise UsageError(f'{path} is no checkpoint of this version of the program; {remedy}')
-    if mismatch := describe_mismatch(checkpoint['net'], net.state_dict()):
-        raise UsageError(f'{path} holds {mismatch}; {remedy}')
-    for name, value in settings.items():
-        if checkpoint['settings'].get(name) != value:
-            raise UsageError(f'--resume: {name} is {value}, but {path} was trained with '
-                             f'{checkpoint["settings"].get(name)}; give that, or another --name')
+    if mismatch := describe_bad_checkpoint(checkpoint, net):
+        raise UsageError(f'{path} is no checkpoint of this version of the program ({mismatch}); '
+                         f'{remedy}')
     return checkpoint
+
+
+def describe_bad_checkpoint(checkpoint, net):
+    """Return in words what in a loaded checkpoint cannot be; '' if all is well."""
+    adam = {index: dict(step=torch.tensor(0.0), exp_avg=weight, exp_avg_sq=weight)
+            for index, weight in enumerate(net.parameters())}
+    scaler = torch.amp.GradScaler('cpu', enabled=True).state_dict()
+    expected = dict(net=net.state_dict(), optimizer=adam, scaler=scaler,
+                    progress=asdict(Progress()), settings={})
+    if isinstance(checkpoint, dict):
+        for name in 'optimizer', 'scaler':  # empty before the first step, and unless in float16
+            if checkpoint.get(name) == {}:
+                expected[name] = {}
+        if isinstance(checkpoint.get('settings'), dict):
+            expected['settings'] = checkpoint['settings']  # each is checked as a flag
+    if mismatch := describe_mismatch(checkpoint, expected):
+        return mismatch
+    steps = {float(state['step']) for state in checkpoint['optimizer'].values()}
+    if len(steps) > 1 or min(steps, default=0) < 0:
+        return f'its weights have made {sorted(steps)} steps'
+    if any((state['exp_avg_sq'] < 0).any() for state in checkpoint['optimizer'].values()):
+        return 'a square is negative'
+    numbers = checkpoint['progress'] | checkpoint['scaler']
+    return next((f'{name} is {value}' for name, value in numbers.items()
+                 if value < 0 and name != 'best_gain' or value == math.inf and name != 'best'), '')
+
+
+def require_same(settings, earlier, names):
+    """Raise UsageError if one of the named settings contradicts the checkpoint's, `earlier`."""
+    for name in names:
+        if settings[name] != earlier.get(name):
+            raise UsageError(f'--resume: {name} is {settings[name]}, but the checkpoint was '
+                             f'trained with {earlier.get(name)}; give that, or another --name')
 
 
 # ---------------------------------------------------------------------------- the files of a run
@@ -188,8 +299,9 @@ def load_checkpoint(path, net, settings):
 class RunFolder:
     """The files of one run: `runs/NAME` below `home`, and `home/unet.pth`, the latest weights.
 
-    A new run gets a free name: NAME, NAME_2, … A resumed one gets NAME itself.
-    Raises UsageError if a file or folder is in the way, OSError if the folder cannot be made.
+    A new run gets a free name: NAME, NAME_2, … A resumed one gets NAME itself. The folder is locked
+    until the process ends. Raises UsageError if a file, a folder or another process is in the way,
+    OSError if the folder cannot be made.
     """
 
     def __init__(self, home, name, resume):
@@ -204,6 +316,12 @@ class RunFolder:
             raise UsageError(f'{error.filename} is a file where a folder is needed; move it away, '
                              'or give another --name') from error
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
+        self.lock = lock(self.path / '.lock')
+        if not self.lock:
+            raise UsageError(f'another process is training in {self.path}; wait for its end, or '
+                             'give another --name')
+        for leftover in self.path.glob('*.tmp'):  # of a run that was killed
+            leftover.unlink()
 
     def make(self, name, resume):
         """Make the folder, and return its path."""
@@ -221,16 +339,21 @@ class RunFolder:
 
         Latest weights that are in no run's folder are renamed first.
         """
-        if self.latest.exists() and not self.is_kept(self.latest.read_bytes()):
-            print0(f'{self.latest.name} is in no run\'s folder: it is now '
-                   f'{backup_existing(self.latest).name}')
-        weights = plain_state_dict(net)
-        atomic_save(weights, self.weights)
-        atomic_save(weights, self.latest)
+        with lock(self.runs / '.lock', wait=True):  # runs of other names write the latest, too
+            if self.latest.exists() and not self.is_in_a_run(self.latest.read_bytes()):
+                print0(f"{self.latest.name} is in no run's folder: it is now "
+                       f'{backup_existing(self.latest).name}')
+            for leftover in self.latest.parent.glob(f'{self.latest.name}.*.tmp'):
+                leftover.unlink()
+            atomic_save(plain_state_dict(net), self.weights, self.latest)
 
-    def is_kept(self, content):
-        """Tell whether some run's folder has these weights."""
-        return any(path.read_bytes() == content for path in self.runs.glob('*/unet.pth'))
+    def is_latest(self):
+        """Tell whether the latest weights are this run's."""
+        return self.latest.exists() and self.latest.read_bytes() == self.weights.read_bytes()
+
+    def is_in_a_run(self, weights):
+        """Tell whether some run's folder has these weights (bytes)."""
+        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth'))
 
 
 # ---------------------------------------------------------------------------- stopping
@@ -242,11 +365,12 @@ class Stopped(Exception):
 class StopSignal:
     """Remember the first Ctrl-C, SIGTERM or hang-up; end the program at the second.
 
-    While `nothing_to_save` is true, the first one ends it too.
+    While `nothing_to_save` is true, the first one ends it too. The folder `temporary`, if any, is
+    removed then.
     """
 
     def __init__(self):
-        self.signum, self.nothing_to_save = 0, True
+        self.signum, self.nothing_to_save, self.temporary = 0, True, None
         for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
             signum = getattr(signal, name, None)
             # a signal that nohup or a shell's '&' made the program ignore stays ignored
@@ -255,6 +379,8 @@ class StopSignal:
 
     def receive(self, signum, _):
         if self.signum or self.nothing_to_save:
+            if self.temporary:
+                shutil.rmtree(self.temporary, ignore_errors=True)
             os._exit(128 + signum)
         self.signum = signum
         # not print, which the signal may have interrupted; it fails if the terminal is gone

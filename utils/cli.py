@@ -1,6 +1,7 @@
 """Command lines: types of numbers, and errors told in one line."""
 import argparse
 import math
+import re
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,7 @@ fraction = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 
 # ---------------------------------------------------------------------------- errors
 
-def explain_error(error, batch_size, num_workers):
+def explain_error(error, batch_size):
     """Return (exit code, one line) for an error that the user can mend, (0, '') for our own."""
     text = ' '.join(str(error).split())
     if isinstance(error, UsageError):
@@ -57,16 +58,32 @@ def explain_error(error, batch_size, num_workers):
     if isinstance(error, OSError | FloatingPointError):
         return 1, text
     if is_out_of_memory(error):
-        smaller = (f'--batch_size {batch_size // 2}' if batch_size > 1 else
-                   'a smaller --image_size')
-        return 1, f'out of memory with --batch_size {batch_size}: try {smaller}'
-    if 'DataLoader worker' in text:
-        return 1, f'{text}: out of memory? Try fewer than --num_workers {num_workers}'
+        return 1, explain_out_of_memory(text, batch_size)
+    if 'no kernel image is available' in text:
+        return 1, (f'torch {torch.__version__} was not built for this GPU: install one that was '
+                   '(https://pytorch.org/get-started/previous-versions), or --device cpu')
     if isinstance(error, dist.DistError) or 'gloo' in text or 'Connection' in text:
         return 1, f'another process of this run has ended: {text}'
     return 0, ''
 
 
 def is_out_of_memory(error):
-    return (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-            or "can't allocate memory" in str(error))
+    """Tell whether the memory of the host or of the device was too small."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+        words in str(error) for words in
+        ('out of memory',  # CUDA, MPS
+         "can't allocate memory",  # the host
+         'CUDNN_STATUS_ALLOC_FAILED', 'CUBLAS_STATUS_ALLOC_FAILED'))
+
+
+def explain_out_of_memory(text, batch_size):
+    """Return the remedy in one line, from the error's text."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    # with one photo or none in each process, a smaller batch needs as much memory
+    smaller = (f'--batch_size {batch_size // 2} or less' if batch_size > processes else
+               'a smaller --image_size')
+    # torch's allocator names other processes; an error of CUDA itself comes where others took all
+    if 'CUDA error' in text or re.search(r'Process \d+ has', text):
+        return ('out of memory on the GPU: if nvidia-smi shows another program there, end that; '
+                f'else try {smaller}')
+    return f'out of memory with --batch_size {batch_size}: try {smaller}'

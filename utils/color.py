@@ -1,5 +1,9 @@
 """Arithmetic of gray and color, on batches of photos (B, 3, H, W) in [0, 1]."""
+import math
+
 import torch
+
+GRAY = 4.0  # a colorfulness below this is a tint: muted colors, as of mist and snow, begin above
 
 
 def luminance(y):
@@ -24,12 +28,12 @@ def merge_luminance(y, gray):
     return gray + chroma * room.amin(1, keepdim=True).clamp(max=1)
 
 
-def psnr(prediction, y):
-    """Return the peak signal-to-noise ratio of each photo in dB: (B, 3, H, W) in [0, 1] → (B,).
+def psnr(squared_error):
+    """Return the peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1].
 
-    At most 100 dB, so that one exact photo does not make a mean infinite.
+    At most 100 dB, so that an exact photo does not make it infinite.
     """
-    return -10 * (prediction - y).square().flatten(1).mean(1).clamp(min=1e-10).log10()
+    return -10 * math.log10(max(squared_error, 1e-10))
 
 
 def colorfulness(y):
@@ -41,5 +45,60 @@ def colorfulness(y):
     """
     red, green, blue = (255 * y).flatten(2).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue])
-    deviation, mean = torch.std_mean(opponents, dim=2, correction=0)
-    return deviation.norm(dim=0) + 0.3 * mean.norm(dim=0)
+    variance, mean = torch.var_mean(opponents, dim=2, correction=0)
+    # clamped, because the gradient of a square root is infinite at 0
+    return variance.sum(0).clamp(min=1e-6).sqrt() + 0.3 * mean.norm(dim=0)
+
+
+def dullness(color, y):
+    """Return by how much each photo is less colorful than the truth y, squared: → (B,).
+
+    Both are (B, 3, H, W) in [0, 1]; the colorfulness counts from 0 to 1. Too much color is 0.
+    """
+    return ((colorfulness(y) - colorfulness(color)) / 255).relu().square()
+
+
+def is_gray(photo):
+    """Tell whether a photo, uint8 (H, W, 3), has no color worth learning from."""
+    step = max(1, min(photo.shape[:2]) // 64)  # some 4,000 pixels tell as much as all
+    sample = photo[::step, ::step].permute(2, 0, 1)[None].float() / 255
+    return colorfulness(sample).item() < GRAY
+
+
+# ---------------------------------------------------------------------------- metrics
+
+def measure(prediction, x, y):
+    """Return what is averaged over photos to tell how good a prediction is: a dict of (B,).
+
+    `prediction` is the network's, (B, 3, H, W), for x (B, 1, H, W) in [-1, 1]; y is the truth,
+    (B, 3, H, W) in [0, 1]. "Colorized" is the prediction with the photo's own luminance, which is
+    what predict.py makes.
+    """
+    def squared_error(image):
+        return (image - y).square().flatten(1).mean(1)
+
+    gray = (x + 1) / 2
+    colorized = merge_luminance(prediction, gray)
+    return {'validation loss': squared_error(prediction),
+            'error of prediction': squared_error(prediction.clamp(0, 1)),
+            'error of colorized': squared_error(colorized),
+            'error of gray copy': squared_error(gray),
+            'dullness': dullness(colorized, y),
+            'colorfulness': colorfulness(colorized),
+            'colorfulness of truth': colorfulness(y)}
+
+
+def to_metrics(means):
+    """Return the metrics of a validation from the means of what `measure` returns.
+
+    PSNR in dB, from the mean squared error over all photos: the mean of the photos' own PSNRs would
+    hang on the few that are nearly gray.
+    """
+    of = {name: psnr(means[f'error of {name}'])
+          for name in ('prediction', 'colorized', 'gray copy')}
+    return {'validation loss': means['validation loss'], 'dullness': means['dullness'],
+            'PSNR of prediction': of['prediction'], 'PSNR of colorized': of['colorized'],
+            'PSNR of gray copy': of['gray copy'],
+            'Gain over the gray copy (dB)': of['colorized'] - of['gray copy'],
+            "vividness (% of the truth's colorfulness)":
+                100 * means['colorfulness'] / means['colorfulness of truth']}

@@ -1,8 +1,14 @@
 """The machine: its device, its memory, its processors, and the precision that it is fastest in."""
 import ctypes
+import importlib.util
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -46,18 +52,52 @@ def available_cpus():
     return max(1, os.cpu_count() // distributed.local_world_size)
 
 
+def check_compiler(device):
+    """Check that torch.compile can work on the device. Raises UsageError with the remedy if not."""
+    try:
+        torch.compile(lambda x: x)
+    except RuntimeError as error:  # a Python that is too new for this torch, for one
+        raise UsageError(f'--compile: {error}; leave --compile out') from error
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            raise UsageError(f'--compile: {describe_device(device)} is too old for triton, which '
+                             'needs compute capability 7.0; leave --compile out')
+        if not importlib.util.find_spec('triton'):
+            raise UsageError('--compile: pip install triton, or leave --compile out')
+    if os.name == 'nt':  # another compiler, with other flags
+        return
+    # on a GPU triton chooses a C compiler, on a CPU torch a C++ compiler
+    compiler = (os.environ.get('CC') or shutil.which('gcc') or 'clang' if device.type == 'cuda' else
+                os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++'))
+    headers = sysconfig.get_path('include', 'posix_prefix')
+    try:
+        subprocess.run([*shlex.split(compiler), '-fsyntax-only', '-xc', '-I', headers, '-'],
+                       input=b'#include <Python.h>', capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        missing = (f'no C compiler ({compiler})' if isinstance(error, OSError) else
+                   f'{compiler} finds no Python.h in {headers}')
+        raise UsageError(f'--compile: {missing}; sudo apt-get install -y build-essential '
+                         'python3-dev, or leave --compile out') from error
+
+
 class Precision:
     """The numbers that the network computes in: an autocast context and a gradient scaler.
 
     Both do nothing in float32. The scaler does nothing in bfloat16 either, which reaches as far
-    as float32.
+    as float32. Raises UsageError if torch cannot compute in that precision on the device.
     """
 
     def __init__(self, name='fp32', device='cpu'):
         device = torch.device(device)
         self.name = self.fastest(device) if name == 'auto' else name
         dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[self.name]
-        self.autocast = torch.autocast(device.type, dtype, enabled=self.name != 'fp32')
+        self.autocast = nullcontext()  # torch 2.4 has no autocast object for an Apple GPU
+        if self.name != 'fp32':
+            try:
+                self.autocast = torch.autocast(device.type, dtype)
+            except RuntimeError as error:
+                raise UsageError(f'--precision {self.name}: torch {torch.__version__} cannot on '
+                                 f'this {device.type} device; --precision fp32 works') from error
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == 'fp16')
 
     @staticmethod
@@ -88,6 +128,17 @@ def channels_last(net, device):
         if isinstance(module, nn.Upsample):
             module.register_forward_hook(copy_gradient)
     return net.to(device, memory_format=torch.channels_last)
+
+
+def to_device(tensor, device):
+    """Copy a tensor to the device, without waiting for the work that is queued on a GPU.
+
+    A plain copy from the host waits. One from pinned memory does not, and torch keeps that memory
+    until the copy is done.
+    """
+    if torch.device(device).type == 'cuda' and tensor.device.type == 'cpu':
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # ---------------------------------------------------------------------------- memory

@@ -53,6 +53,14 @@ def broadcast(value):
     return values[0]
 
 
+def all_gather(value):
+    """Return a list of every process's `value` (anything that pickles), by rank."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def print0(*words, file=None):
     """Print on rank 0 only, and flush, so that a log file can be followed."""
     if rank == 0:

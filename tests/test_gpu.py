@@ -1,0 +1,121 @@
+"""What only a GPU can show. Skipped where there is none; benchmarks/gpu.sh runs it first."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import colorize
+from data_utils import PhotoFolder, PhotoLoader, PhotosInMemory
+from unet import UNet
+from utils.cli import explain_error
+from utils.device import Precision, channels_last, check_compiler, choose_device, free_memory
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+PRECISIONS = ['fp32', 'bf16', 'fp16']
+
+
+@pytest.fixture
+def device():
+    return choose_device('cuda')
+
+
+def new_network(device):
+    torch.manual_seed(0)
+    net = channels_last(UNet(), device)
+    return net, torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+
+
+def batches(device, sizes=(4, 4, 2), image_size=32):
+    torch.manual_seed(1)
+    loader = []
+    for size in sizes:
+        y = torch.rand(size, 3, image_size, image_size)
+        y = y.to(device, memory_format=torch.channels_last)
+        loader.append((y.mean(1, keepdim=True) * 2 - 1, y))
+    return loader
+
+
+@pytest.mark.parametrize('name', PRECISIONS)
+def test_a_gpu_learns_what_a_cpu_learns(device, name):
+    losses = []
+    for home, precision in (torch.device('cpu'), 'fp32'), (device, name):
+        net, optimizer = new_network(home)
+        progress = colorize.Progress()
+        losses.append(colorize.train_epoch(net, optimizer, batches(home), progress,
+                                           Precision(precision, home)))
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+@pytest.mark.parametrize('name', PRECISIONS)
+def test_a_step_does_not_wait_for_the_gpu(device, name):
+    net, optimizer = new_network(device)
+    precision, (batch, *_) = Precision(name, device), batches(device)
+    colorize.train_step(net, optimizer, precision, batch, 4)  # the first one prepares
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        colorize.train_step(net, optimizer, precision, batch, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('name', PRECISIONS)
+def test_a_step_without_a_photo(device, name):
+    net, optimizer = new_network(device)
+    before = [weight.clone() for weight in net.parameters()]
+    x, y = batches(device, [0])[0]
+    assert colorize.train_step(net, optimizer, Precision(name, device), (x, y), 4).item() == 0
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(mode='reduce-overhead')], ids=['compiled', 'graphs'])
+def test_compiled_steps_are_the_same_steps(device, kwargs):
+    check_compiler(device)
+    losses = []
+    for compiled in False, True:
+        net, optimizer = new_network(device)
+        if compiled:
+            net.compile(dynamic=False, **kwargs)
+        losses.append(colorize.train(net, optimizer, batches(device), epochs=3))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize('home', ['GPU', 'host', 'disk'])
+def test_batches_are_those_of_a_run_on_the_cpu(drawings, device, home):
+    folder = PhotoFolder(drawings, 16, num_workers=0)
+    in_memory = PhotosInMemory(folder, torch.device('cpu'))
+    photos = dict(GPU=PhotosInMemory(folder, device), host=in_memory, disk=folder)[home]
+    expected = PhotoLoader(in_memory, range(50), 8, seed=3)
+    for (x, y), (x1, y1) in zip(PhotoLoader(photos, range(50), 8, device, seed=3), expected,
+                                strict=True):
+        assert y.device.type == 'cuda'
+        assert torch.equal(y.cpu(), y1) and torch.allclose(x.cpu(), x1, atol=1e-6)
+
+
+def test_too_large_a_batch_names_a_smaller_one(device):
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        torch.empty(2 * free_memory(device) + 2 ** 40, dtype=torch.uint8, device=device)
+    code, line = explain_error(error.value, 32, 0)
+    assert code == 1 and line.endswith('try --batch_size 16 or less')
+
+
+@pytest.mark.parametrize('first, second', [('fp16', 'bf16'), ('bf16', 'fp16')])
+def test_a_run_goes_on_in_another_precision(drawings, tmp_path, first, second):
+    for epochs, precision in (1, first), (2, second):
+        done = subprocess.run(
+            [sys.executable, ROOT / 'colorize.py', '--data_path', drawings, '--image_size', '32',
+             '--epochs', str(epochs), '--precision', precision, '--device', 'cuda', '--resume'],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, '')
+        assert f'epoch {epochs}/{epochs}' in done.stdout
+
+
+def test_a_run_that_began_on_a_cpu_goes_on(drawings, tmp_path):
+    for epochs, device in (1, 'cpu'), (2, 'cuda'):
+        done = subprocess.run(
+            [sys.executable, ROOT / 'colorize.py', '--data_path', drawings, '--image_size', '32',
+             '--epochs', str(epochs), '--device', device, '--resume', '--stream'],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, '')
