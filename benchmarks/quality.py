@@ -14,7 +14,6 @@ above that of the gray copies, and colorfulness (Hasler and Süsstrunk) is the m
 also in percent of that of the true photos. A number ± another is the mean over the seeds and their
 standard deviation: differences within it are chance.
 """
-import math
 import os
 import subprocess
 import sys
@@ -36,17 +35,17 @@ from unet import UNet  # noqa: E402
 from utils import cli  # noqa: E402
 from utils.checkpoint import load_weights  # noqa: E402
 from utils.cli import UsageError  # noqa: E402
-from utils.color import colorfulness  # noqa: E402
+from utils.color import colorfulness, is_gray, psnr  # noqa: E402
 
-VARIANTS = {  # name: flags of colorize.py; flags given here win over --epochs
+VARIANTS = {  # name: flags of colorize.py; they win over --epochs and --seeds
     'default': '',
     'plain': '--colorfulness_weight 0',
+    'vivid': '--colorfulness_weight 1',
     'lr 2e-3': '--lr 2e-3',
     'batch 8': '--batch_size 8',
     '32 px': '--image_size 32',
     '96 px': '--image_size 96',
 }
-MIN_COLORFULNESS = 4  # as in training: black-and-white photos, toned ones too, lie below
 COLUMNS = 'PSNR', 'gain', 'colorfulness', '% of truth', 'seconds'
 
 
@@ -98,7 +97,7 @@ def load_test_photos(root):
         except OSError as error:
             print(f'skipped {name!r}: {error}', file=sys.stderr)
             continue
-        if colorfulness(tensor(photo)) >= MIN_COLORFULNESS:
+        if not is_gray(pil_to_tensor(photo).permute(1, 2, 0)):
             photos.append(photo)
     if not photos:
         raise UsageError(f'no color photo in {root} can be read; name another --val_path')
@@ -108,7 +107,7 @@ def load_test_photos(root):
 def measure(photos, results):
     """Return (PSNR in dB over all pixels, mean colorfulness) of `results`, given the true photos.
 
-    Both are iterables of PIL images. The PSNR is infinite where each pixel is exact.
+    Both are iterables of PIL images.
     """
     errors, pixels, colorfulnesses = 0.0, 0, []
     for photo, result in zip(photos, results, strict=True):
@@ -116,7 +115,7 @@ def measure(photos, results):
         errors += (y - tensor(photo)).square().sum(dtype=torch.float64).item()
         pixels += y.numel()
         colorfulnesses.append(colorfulness(y).item())
-    return 10 * math.log10(pixels / errors) if errors else math.inf, mean(colorfulnesses)
+    return psnr(errors / pixels), mean(colorfulnesses)
 
 
 class TestSet:
@@ -124,15 +123,15 @@ class TestSet:
 
     def __init__(self, root):
         self.photos = load_test_photos(root)
-        self.gray_psnr, _ = measure(self.photos, (photo.convert('L').convert('RGB')
-                                                  for photo in self.photos))
+        copies = (photo.convert('L').convert('RGB') for photo in self.photos)
+        self.gray_psnr, _ = measure(self.photos, copies)
         _, self.colorfulness = measure(self.photos, self.photos)
 
     def test(self, net, saturation):
         """Return the first four of COLUMNS for what predict.py makes of the photos with `net`."""
-        psnr, color = measure(self.photos, (colorize(net, photo, saturation=saturation)
-                                            for photo in self.photos))
-        return psnr, psnr - self.gray_psnr, color, 100 * color / self.colorfulness
+        results = (colorize(net, photo, saturation=saturation) for photo in self.photos)
+        result_psnr, color = measure(self.photos, results)
+        return result_psnr, result_psnr - self.gray_psnr, color, 100 * color / self.colorfulness
 
 
 # ---------------------------------------------------------------------------- train
