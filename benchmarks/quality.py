@@ -1,58 +1,215 @@
-"""How near predict.py comes to the true colours, at the photos' full size, in dB.
+"""Train each variant of a table over several seeds, and compare the colors that predict.py gives.
 
-    python benchmarks/quality.py --data_path PHOTOS --weights unet.pth
+    python benchmarks/quality.py --data_path TRAIN --val_path TEST
+    python benchmarks/quality.py --data_path TRAIN --val_path TEST --variants default,plain
+    python benchmarks/quality.py --val_path TEST --weights unet.pth --saturations 1,1.2,1.4
 
-Means over the photos in PHOTOS (colour photos that the network was not trained on) of the PSNR of
-the grey copy, of the network's raw output enlarged to full size, and of predict.py's result.
+Each variant of VARIANTS, below, is a set of colorize.py's flags: add your own. colorize.py trains
+on all of TRAIN, in a process and a temporary folder of its own; seconds are those of that whole
+process. Then predict.colorize colorizes the photos of TEST at their full size, once for each
+saturation. Use photos that the network is not trained on; gray ones are left out.
+
+PSNR in dB is computed from the mean squared error over all pixels of all photos, gain is the PSNR
+above that of the gray copies, and colorfulness (Hasler and Süsstrunk) is the mean over the photos,
+also in percent of that of the true photos. A number ± another is the mean over the seeds and their
+standard deviation: differences within it are chance.
 """
-import argparse
 import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import torch.nn.functional as F  # noqa: E402
-from checkpoint import load_weights  # noqa: E402
-from color import psnr  # noqa: E402
+import torch  # noqa: E402
 from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data_utils import list_photos, load_photo  # noqa: E402
 from predict import colorize  # noqa: E402
+from unet import UNet  # noqa: E402
+from utils import cli  # noqa: E402
+from utils.checkpoint import load_weights  # noqa: E402
+from utils.cli import UsageError  # noqa: E402
+from utils.color import colorfulness, is_gray, psnr  # noqa: E402
 
+VARIANTS = {  # name: flags of colorize.py; they win over --epochs and --seeds
+    'default': '',
+    'plain': '--colorfulness_weight 0',
+    'vivid': '--colorfulness_weight 1',
+    'lr 2e-3': '--lr 2e-3',
+    'batch 8': '--batch_size 8',
+    '32 px': '--image_size 32',
+    '96 px': '--image_size 96',
+}
+COLUMNS = 'PSNR', 'gain', 'colorfulness', '% of truth', 'seconds'
+
+
+# ---------------------------------------------------------------------------- arguments
+
+def list_of(kind):
+    """Return an argparse type: a comma-separated list of what the type `kind` takes."""
+    return lambda text: [kind(part.strip()) for part in text.split(',')]
+
+
+def variant(name):
+    if name not in VARIANTS:
+        raise cli.argparse.ArgumentTypeError(
+            f'{name!r} is no variant; there are: {", ".join(VARIANTS)}')
+    return name
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(prog='quality.py', description=__doc__)
+    add = parser.add_argument
+    add('--data_path', help='the folder of photos to train on')
+    add('--val_path', required=True, help='the folder of photos to test on')
+    add('--variants', type=list_of(variant), default=list(VARIANTS), metavar='NAME,NAME',
+        help=f'which of: {", ".join(VARIANTS)} [all]')
+    add('--seeds', type=list_of(cli.nonnegative_int), default=[0, 1, 2], metavar='N,N',
+        help='each variant is trained once with each seed [0,1,2]')
+    add('--epochs', type=cli.positive_int, default=4, help='of each training [%(default)s]')
+    add('--saturations', type=list_of(cli.nonnegative_float), default=[1.0], metavar='X,X',
+        help='as in predict.py; one row of the table for each [1]')
+    add('--weights', metavar='FILE', help='test these weights, and train nothing')
+    args = parser.parse_args(argv)
+    if not args.weights and not args.data_path:
+        parser.error('give --data_path, photos to train on, or --weights, to test without training')
+    return args
+
+
+# ---------------------------------------------------------------------------- test
 
 def tensor(photo):
     return pil_to_tensor(photo)[None] / 255
 
 
+def load_test_photos(root):
+    """Return the color photos below `root` as PIL images. Raises UsageError if there are none."""
+    photos = []
+    for name in list_photos(root):
+        try:
+            photo = load_photo(os.path.join(root, name))
+        except OSError as error:
+            print(f'skipped {name!r}: {error}', file=sys.stderr)
+            continue
+        if not is_gray(pil_to_tensor(photo).permute(1, 2, 0)):
+            photos.append(photo)
+    if not photos:
+        raise UsageError(f'no color photo in {root} can be read; name another --val_path')
+    return photos
+
+
+def measure(photos, results):
+    """Return (PSNR in dB over all pixels, mean colorfulness) of `results`, given the true photos.
+
+    Both are iterables of PIL images.
+    """
+    errors, pixels, colorfulnesses = 0.0, 0, []
+    for photo, result in zip(photos, results, strict=True):
+        y = tensor(result)
+        errors += (y - tensor(photo)).square().sum(dtype=torch.float64).item()
+        pixels += y.numel()
+        colorfulnesses.append(colorfulness(y).item())
+    return psnr(errors / pixels), mean(colorfulnesses)
+
+
+class TestSet:
+    """The test photos, the PSNR of their gray copies, and their mean colorfulness."""
+
+    def __init__(self, root):
+        self.photos = load_test_photos(root)
+        copies = (photo.convert('L').convert('RGB') for photo in self.photos)
+        self.gray_psnr, _ = measure(self.photos, copies)
+        _, self.colorfulness = measure(self.photos, self.photos)
+
+    def test(self, net, saturation):
+        """Return the first four of COLUMNS for what predict.py makes of the photos with `net`."""
+        results = (colorize(net, photo, saturation=saturation) for photo in self.photos)
+        result_psnr, color = measure(self.photos, results)
+        return result_psnr, result_psnr - self.gray_psnr, color, 100 * color / self.colorfulness
+
+
+# ---------------------------------------------------------------------------- train
+
+def train(args, name, seed, folder):
+    """Train the variant in `folder`, and return its network and the seconds that it took.
+
+    Raises RuntimeError if colorize.py fails, which has printed why.
+    """
+    start = time.perf_counter()
+    code = subprocess.call([
+        sys.executable, ROOT / 'colorize.py', '--data_path', os.path.abspath(args.data_path),
+        '--val_fraction', '0', '--epochs', str(args.epochs), '--seed', str(seed),
+        *VARIANTS[name].split()], cwd=folder, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    if code:
+        raise RuntimeError(f'colorize.py failed with {VARIANTS[name] or "its defaults"} (exit '
+                           f'code {code})')
+    return load_weights(UNet(), os.path.join(folder, 'unet.pth')), seconds
+
+
+def train_and_test(args, test_set):
+    """Return a dict from (variant, saturation) to its rows, one for each seed."""
+    rows = {}
+    runs = [(name, seed) for name in args.variants for seed in args.seeds]
+    for name, seed in tqdm(runs, 'training', unit=' runs', disable=None):
+        with tempfile.TemporaryDirectory() as folder:
+            net, seconds = train(args, name, seed, folder)
+        for saturation in args.saturations:
+            row = *test_set.test(net, saturation), seconds
+            rows.setdefault((name, saturation), []).append(row)
+            tqdm.write(f'{name}, seed {seed}: ' + ', '.join(
+                f'{column} {value:.2f}' for column, value in zip(COLUMNS, row, strict=True)),
+                file=sys.stderr)
+    return rows
+
+
+# ---------------------------------------------------------------------------- the table
+
+def print_row(*cells):
+    print('| ' + ' | '.join(cells) + ' |')
+
+
+def print_table(rows):
+    """Print mean and standard deviation of each (variant, saturation) as a Markdown table."""
+    columns = COLUMNS[:len(next(iter(rows.values()))[0])]
+    print_row('variant', 'saturation', 'seeds', *columns)
+    print_row(*['---'] * (3 + len(columns)))
+    for (name, saturation), values in rows.items():
+        cells = []
+        for column in zip(*values, strict=True):
+            spread = f' ± {stdev(column):.2f}' if len(column) > 1 else ''
+            cells.append(f'{mean(column):.2f}{spread}')
+        print_row(name, f'{saturation:g}', str(len(values)), *cells)
+
+
+def run(args):
+    if not args.weights:
+        list_photos(args.data_path)  # refuses a wrong folder before anything is read or trained
+    test_set = TestSet(args.val_path)
+    print(f'{len(test_set.photos)} photos: gray copy {test_set.gray_psnr:.2f} dB, colorfulness of '
+          f'the truth {test_set.colorfulness:.2f}', flush=True)
+    if args.weights:
+        net = load_weights(UNet(), args.weights)
+        print_table({(args.weights, saturation): [test_set.test(net, saturation)]
+                     for saturation in args.saturations})
+    else:
+        print_table(train_and_test(args, test_set))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data_path', required=True)
-    parser.add_argument('--weights', default='unet.pth')
-    parser.add_argument('--size', type=int, default=224)
-    args = parser.parse_args()
-    net, rows = load_weights(args.weights), []
-    raw = []
-    # what colorize() is given by the network, before anything is made of it
-    net.register_forward_hook(lambda module, x, y: raw.append(y))
-    for name in tqdm(list_photos(args.data_path), disable=None):
-        photo = load_photo(os.path.join(args.data_path, name))
-        truth, gray = tensor(photo), tensor(photo.convert('L'))
-        result = colorize(net, photo, args.size)
-        output = F.interpolate(raw.pop().detach(), truth.shape[2:], mode='bilinear').clamp(0, 1)
-        inside = ((tensor(result) > 0) & (tensor(result) < 1)).all(1)
-        change = (tensor(result.convert('L')) - gray)[:, 0][inside].abs().mean() * 255
-        rows.append([psnr(guess, truth).item() for guess in
-                     (gray.expand_as(truth), output, tensor(result))] + [change.item()])
-    for label, values in zip(('grey copy', 'raw output, enlarged', "predict.py's result"),
-                             zip(*rows, strict=True), strict=False):
-        print(f'{label:22} {mean(values):.2f} dB')
-    print(f'luminance changed by   {max(row[3] for row in rows):.2f} grey levels in the worst of '
-          f'{len(rows)} photos')
+    try:
+        run(parse_args())
+        return 0
+    except (UsageError, RuntimeError) as error:
+        print(f'quality.py: {error}', file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
