@@ -7,7 +7,7 @@
 """
 import signal
 
-if __name__ == '__main__':
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import contextlib
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data_utils import BYTES_PER_PIXEL, list_photos, open_photo, to_rgb, turn_upright
@@ -30,7 +30,7 @@ from unet import UNet
 from utils import cli
 from utils.checkpoint import load_weights
 from utils.cli import UsageError
-from utils.color import luminance, merge_luminance
+from utils.color import is_gray, luminance, merge_luminance
 from utils.device import Precision, available_cpus, choose_device, free_memory
 from utils.parallel import Memory, Stopped, run_in_threads, stop_signals
 from utils.results import Results
@@ -159,7 +159,10 @@ def draw_result(photo, format, colorize, compare=False):
     if compare:
         original = to_rgb(photo)
         gray = original.convert('L').convert('RGB')
-        parts = [gray, *parts, *[original] * has_color(original)]
+        if is_gray(pil_to_tensor(original).permute(1, 2, 0)):
+            parts = [gray, *parts]
+        else:
+            parts = [gray, *parts, original]
     if alpha:
         for part in parts:
             part.putalpha(alpha)
@@ -172,13 +175,6 @@ def split_alpha(photo, format):
         return photo, None
     photo = photo.convert('RGBA')
     return photo.convert('RGB'), photo.getchannel('A')
-
-
-def has_color(photo):
-    """Tell whether an RGB image has more color than JPEG gives to a gray one."""
-    small = photo.resize((64, 64), Image.Resampling.BOX)
-    difference = ImageChops.difference(small, small.convert('L').convert('RGB'))
-    return max(high for _, high in difference.getextrema()) > 8
 
 
 def side_by_side(parts):
@@ -369,9 +365,7 @@ def report(jobs, output, seconds):
 
 
 def main(argv=None):
-    for name in 'stdout', 'stderr':
-        if getattr(sys, name) is None:  # closed by >&-
-            setattr(sys, name, open(os.devnull, 'w'))
+    cli.open_streams()
     args = parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     warnings.filterwarnings('ignore', module='PIL')  # of what it reads all the same
