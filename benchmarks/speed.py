@@ -259,7 +259,7 @@ def measure_floor(args):
     """Copies in GB/s, matrix products in TFLOP/s, and the photos/s that no training step beats."""
     device = choose_device('auto')
     precision = Precision(args.precision, device).name
-    side, size = (8192, 2 ** 30) if device.type == 'cuda' else (2048, 2 ** 28)
+    side, size = (8192, 2 ** 30) if device.type == 'cuda' else (1024, 2 ** 27)
     matrix = torch.randn(side, side, device=device, dtype=dict(
         bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision])
     source = torch.empty(size, dtype=torch.uint8, device=device)
