@@ -164,10 +164,10 @@ def test_a_large_photo_is_no_bomb(tmp_path):
 def test_photos_deleted_while_streaming(folder, fault, monkeypatch):
     lost = sorted((folder / 'photos').rglob('*.jpg'))[:3]
 
-    def lose_photos(page, *args):
+    def lose_photos(*args, **kwargs):
         for photo in lost:
             photo.unlink(missing_ok=True)
-        return log_start(page, *args)
+        return log_start(*args, **kwargs)
 
     log_start = Page.log_start
     monkeypatch.setattr(Page, 'log_start', lose_photos)
@@ -248,9 +248,9 @@ FAULTS = [
     (self_link_instead, 'photos', NEXT, 2, 'no such folder: photos. ./download_landscapes.sh '
      'fetches the landscapes, --demo draws some, --data_path names your own'),
     (file_instead, 'photos', NEXT, 2, 'photos is a file; --data_path takes a folder of photos'),
-    (empty_folder_instead, 'photos', NEXT, 2, r'no photos in photos \(\.jpg .*\)'),
+    (empty_folder_instead, 'photos', NEXT, 2, r'no photos in photos \(.*\.jpg.*\)'),
     (folder_instead, 'unet.pth', NEXT, 2,
-     'unet.pth is a folder, but the weights need that name; move it away'),
+     'unet.pth is a folder, but .* that name; move it away'),
     (file_instead, 'runs', NEXT, 2,
      'runs is a file where a folder is needed; move it away, or give another --name'),
     (file_instead, 'runs/UNet', NEXT, 2,
