@@ -375,7 +375,8 @@ def disk(trained, tmp_path):
         pytest.skip('mounting a small disk takes Linux, and its root')
     shutil.copytree(trained, disk, dirs_exist_ok=True)
     yield disk
-    subprocess.run(['umount', disk], check=True)
+    # TensorBoard may still hold a file that it could not write
+    subprocess.run(['umount', '--lazy', disk], check=True)
 
 
 def fill(disk, left):
