@@ -221,7 +221,7 @@ def test_without_validation_the_last_weights_are_saved(train, tmp_path):
 
 def test_a_dry_run_goes_through_everything_and_keeps_nothing(train, tmp_path):
     printed = train('--dry_run')
-    assert '8 photos to train on' in printed.out and 'validation loss' in printed.out
+    assert '8 photos to train on' in printed.out and ' 1/1 ' in printed.out
     assert list(tmp_path.iterdir()) == [] and printed.err == ''
 
 
@@ -238,7 +238,7 @@ def test_a_demo_that_does_not_learn_says_so(train, drawings, tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/demo').symlink_to(drawings)
     printed = train('--demo', '--data_path', 'data/demo', '--epochs', 1, '--lr', 1e-9, code=1)
-    assert 'the demo should be 3 dB better than the gray copy' in printed.err
+    assert 'the demo should gain 3 dB' in printed.err
     assert (tmp_path / 'unet.pth').exists()
 
 
@@ -275,9 +275,8 @@ def test_a_compiled_network_trains_and_saves_plain_weights(train, tmp_path, monk
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return aot_eager(graph, inputs)
+        return graph.forward
 
-    aot_eager = torch._dynamo.lookup_backend('aot_eager')
     monkeypatch.setattr(torch.nn.Module, 'compile', partialmethod(compile_, backend=backend))
     monkeypatch.setattr(device, 'check_compiler', lambda _: None)
     train('--epochs', 1)

@@ -279,7 +279,7 @@ def test_a_photo_that_is_lost_while_streaming_is_named_once(tmp_path, capsys):
     (tmp_path / '3.png').unlink()
     for loader.epoch in 0, 1:
         assert sum(len(x) for x, _ in loader) == 5
-    assert capsys.readouterr().err == "skipped '3.png': No such file or directory\n"
+    assert capsys.readouterr().err == "skipped '3.png': no such file\n"
 
 
 @pytest.mark.parametrize('free, held', [(2 * 56 * 3 * 8 * 8 + 1, PhotosInMemory),

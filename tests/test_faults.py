@@ -72,6 +72,7 @@ def as_anybody(folder, monkeypatch):
     root = os.geteuid() == 0
     folder.chmod(0o777)
     (folder / 'runs').chmod(0o777)
+    (folder / 'runs/.lock').chmod(0o666)
     monkeypatch.chdir(folder)
     yield lambda: os.seteuid(65534) if root else None
     if root:
@@ -116,10 +117,10 @@ PHOTOS = [
     ('words.jpg', lambda path: path.write_text('not a photo'), 'no photo that Pillow can read'),
     ('bomb.png', lambda path: path.write_bytes(png_of(1_000_000, 1_000_000)),
      'larger than the [0-9]+ megapixels that memory allows'),
-    ('loop.jpg', link_to_itself, 'Too many levels of symbolic links'),
-    ('nowhere.jpg', lambda path: path.symlink_to('gone.jpg'), 'No such file or directory'),
-    ('folder.jpg', lambda path: path.touch(), 'Is a directory'),  # see `meanwhile`
-    ('deleted.jpg', one_pixel, 'No such file or directory'),
+    ('loop.jpg', link_to_itself, 'no such file'),
+    ('nowhere.jpg', lambda path: path.symlink_to('gone.jpg'), 'no such file'),
+    ('folder.jpg', lambda path: path.touch(), 'no regular file'),  # see `meanwhile`
+    ('deleted.jpg', one_pixel, 'no such file'),
 ]
 
 
@@ -164,15 +165,15 @@ def test_a_large_photo_is_no_bomb(tmp_path):
 def test_photos_deleted_while_streaming(folder, fault, monkeypatch):
     lost = sorted((folder / 'photos').rglob('*.jpg'))[:3]
 
-    def lose_photos(page, *args):
+    def lose_photos(*args, **kwargs):
         for photo in lost:
             photo.unlink(missing_ok=True)
-        return log_start(page, *args)
+        return log_start(*args, **kwargs)
 
     log_start = Page.log_start
     monkeypatch.setattr(Page, 'log_start', lose_photos)
     assert sorted(fault('--epochs', 3, '--stream', '--name', 'new', code=0)) == [
-        f"skipped '{photo.relative_to(folder / 'photos')}': No such file or directory"
+        f"skipped '{photo.relative_to(folder / 'photos')}': no such file"
         for photo in lost]
 
 
@@ -248,9 +249,9 @@ FAULTS = [
     (self_link_instead, 'photos', NEXT, 2, 'no such folder: photos. ./download_landscapes.sh '
      'fetches the landscapes, --demo draws some, --data_path names your own'),
     (file_instead, 'photos', NEXT, 2, 'photos is a file; --data_path takes a folder of photos'),
-    (empty_folder_instead, 'photos', NEXT, 2, r'no photos in photos \(\.jpg .*\)'),
+    (empty_folder_instead, 'photos', NEXT, 2, r'no photos in photos \(.*\.jpg.*\)'),
     (folder_instead, 'unet.pth', NEXT, 2,
-     'unet.pth is a folder, but the weights need that name; move it away'),
+     'unet.pth is a folder, but .* that name; move it away'),
     (file_instead, 'runs', NEXT, 2,
      'runs is a file where a folder is needed; move it away, or give another --name'),
     (file_instead, 'runs/UNet', NEXT, 2,
@@ -374,7 +375,8 @@ def disk(trained, tmp_path):
         pytest.skip('mounting a small disk takes Linux, and its root')
     shutil.copytree(trained, disk, dirs_exist_ok=True)
     yield disk
-    subprocess.run(['umount', disk], check=True)
+    # TensorBoard may still hold a file that it could not write
+    subprocess.run(['umount', '--lazy', disk], check=True)
 
 
 def fill(disk, left):
