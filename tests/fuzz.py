@@ -1,0 +1,318 @@
+"""Feeds the programs damaged files: no traceback, no crash, no hang, nothing outside their folder.
+
+    python tests/fuzz.py                                              # about half an hour
+    python tests/fuzz.py --photos 20 --weights 20 --archives 3 --seed 1
+
+`--photos` are damaged JPEG, PNG, WebP, TIFF and GIF files, which are trained on and colorized;
+`--weights` are damaged weights and checkpoints; `--archives` are damaged downloads. Each of them
+must be taken or refused in words, within ten seconds. The seed decides the damage.
+"""
+import argparse
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zipfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+from damage import damaged  # noqa: E402
+
+import colorize  # noqa: E402
+import predict  # noqa: E402
+from data_utils import PhotoFolder  # noqa: E402
+from demo_landscapes import draw_landscapes  # noqa: E402
+from unet import UNet  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.cli import UsageError  # noqa: E402
+from utils.device import Precision  # noqa: E402
+
+SECONDS = 10  # for each file
+FORMATS = {'jpg': dict(format='JPEG'), 'progressive.jpg': dict(format='JPEG', progressive=True),
+           'png': dict(format='PNG'), 'webp': dict(format='WEBP'),
+           'tif': dict(format='TIFF', compression='tiff_lzw'), 'raw.tif': dict(format='TIFF'),
+           'gif': dict(format='GIF')}
+TAKEN, REFUSED = 'taken', 'refused'  # all other outcomes are faults
+
+
+# ---------------------------------------------------------------------------- a child, watched
+
+def watch(check, number):
+    """Return the outcomes of check(0), check(1), …: what it returned, or how its process ended."""
+    outcomes = []
+    while len(outcomes) < number:
+        outcomes += outcomes_of_a_child(check, range(len(outcomes), number))
+    return outcomes
+
+
+def outcomes_of_a_child(check, items):
+    """Yield outcomes until the first crash or hang, which is the last of them."""
+    ours, its = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with open(its, 'wb', buffering=0) as pipe:
+            for item in items:
+                pipe.write(repr(check(item)).encode() + b'\n')
+        os._exit(0)
+    os.close(its)
+    with open(ours, 'rb', buffering=0) as pipe:
+        for _ in items:
+            if not select.select([pipe], [], [], SECONDS)[0]:
+                os.kill(pid, signal.SIGKILL)
+                yield 'a hang'
+                break
+            line = pipe.readline()
+            if not line:
+                yield 'a crash'
+                break
+            yield eval(line)  # repr's of a string
+    os.waitpid(pid, 0)
+
+
+def tell(check, item, folder):
+    """Return check(item), or its traceback; what it prints must hold none, nor leave a file."""
+    before = sorted(os.listdir(folder))
+    log = tempfile.TemporaryFile('w+')
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            outcome = check(item, folder)
+    except BaseException:
+        return traceback.format_exc()
+    log.seek(0)
+    if 'Traceback' in (text := log.read()):
+        return text
+    left = sorted(set(os.listdir(folder)).difference(before))
+    return f'left {left}' if left else outcome
+
+
+# ---------------------------------------------------------------------------- photos
+
+def check_photo(sources, seed, item, folder):
+    """Train on a damaged photo, and colorize it."""
+    rng = random.Random(f'{seed} photo {item}')
+    name = rng.choice(sorted(sources))
+    photos, output = folder / 'photos', folder / 'colorized'
+    path = photos / f'photo.{name}'
+    path.write_bytes(damaged(sources[name], rng))
+    try:
+        photo, reason = PhotoFolder(photos, 32).try_item(0)
+        assert reason or photo.shape == (32, 32, 3) and photo.dtype == torch.uint8
+        code = predict.main([str(path), '--output', str(output), '--size', '32', '--device', 'cpu',
+                             '--weights', str(folder / 'unet.pth')])
+        assert code in (0, 1), code
+        return REFUSED if code else TAKEN
+    finally:
+        path.unlink()
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def encode_photos(photo):
+    """Return the photo's bytes in each format, by the end of the name."""
+    sources = {}
+    for name, options in FORMATS.items():
+        content = io.BytesIO()
+        photo.save(content, **options)
+        sources[name] = content.getvalue()
+    return sources
+
+
+# ---------------------------------------------------------------------------- weights
+
+def check_weights(sources, seed, item, folder):
+    """Colorize with damaged weights, or train on from a damaged checkpoint."""
+    rng = random.Random(f'{seed} weights {item}')
+    name = rng.choice(sorted(sources))
+    harm = rng.choice([damaged, damage_pickle])
+    path = folder / 'photos' / name
+    path.write_bytes(harm(sources[name], rng))
+    try:
+        return (resume if name == 'checkpoint.pth' else colorize_with)(path, folder)
+    finally:
+        path.unlink()
+
+
+def damage_pickle(data, rng):
+    """Return a file of torch.save (bytes) whose pickle alone is damaged: its checksum is right."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(content, 'w') as new:
+        for member in old.infolist():
+            part = old.read(member)
+            new.writestr(member.filename,
+                         damaged(part, rng) if member.filename.endswith('.pkl') else part)
+    return content.getvalue()
+
+
+def colorize_with(path, folder):
+    """Colorize a photo with the weights at `path`."""
+    output = folder / 'colorized'
+    try:
+        code = predict.main([str(folder / 'drawing.png'), '--output', str(output), '--size', '32',
+                             '--device', 'cpu', '--weights', str(path)])
+        assert code in (0, 1, 2), code
+        return REFUSED if code else TAKEN
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def resume(path, _):
+    """Make a step from the checkpoint at `path`."""
+    settings = new_settings()
+    try:
+        checkpoint = load_checkpoint(path, UNet(), settings)
+        colorize.parse_args([], checkpoint['settings'])
+    except UsageError:
+        return REFUSED
+    except SystemExit as end:
+        assert end.code == 2
+        return REFUSED
+    state = new_state()
+    state.restore(checkpoint)
+    make_a_step(state)
+    return TAKEN
+
+
+def new_settings():
+    args = colorize.parse_args([])
+    return ({name: getattr(args, name) for name in colorize.SETTINGS}
+            | dict(photos='280 (0123abcd)'))
+
+
+def new_state():
+    recipe = colorize.Recipe(Precision(), lr=1e-3)
+    return colorize.new_state(new_settings(), recipe, torch.device('cpu'))
+
+
+def make_a_step(state):
+    for weight in state.net.parameters():
+        weight.grad = torch.ones_like(weight)
+    state.optimizer.step()
+    state.progress.step += 1
+
+
+# ---------------------------------------------------------------------------- archives
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serve `server.body`, whatever is asked for."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(self.server.body)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+
+def check_archive(server, archive, seed, item, folder):
+    """Download a damaged archive, whose blob id is right, into a folder below `folder`."""
+    server.body = damaged(archive, random.Random(f'{seed} archive {item}'))
+    project = folder / 'photos' / 'project'
+    project.mkdir()
+    shutil.copy(ROOT / 'download_landscapes.sh', project)
+    blob_id = hashlib.sha1(b'blob %d\0' % len(server.body) + server.body).hexdigest()
+    done = subprocess.run(
+        ['bash', 'download_landscapes.sh'], cwd=project, capture_output=True, text=True,
+        env=os.environ | dict(LANDSCAPES_URL=f'http://127.0.0.1:{server.server_port}/archive.zip',
+                              LANDSCAPES_BLOB_ID=blob_id))
+    try:
+        text = done.stdout + done.stderr
+        assert done.returncode in (0, 1, 2) and 'Traceback' not in text, text
+        assert {*os.listdir(project)} <= {'download_landscapes.sh', 'data'}, os.listdir(project)
+        return REFUSED if done.returncode else TAKEN
+    finally:
+        shutil.rmtree(project)
+
+
+@contextlib.contextmanager
+def serving():
+    """A server on the loopback, in this process."""
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def check_archives(archive, seed, folder):
+    """Return a check that starts its server in the process that calls it."""
+    servers = []
+
+    def check(item, folder):
+        if not servers:
+            servers.append(serving())
+            servers.append(servers[0].__enter__())
+        return check_archive(servers[1], archive, seed, item, folder)
+    return partial(tell, check, folder=folder)
+
+
+# ---------------------------------------------------------------------------- the trial
+
+def prepare(folder):
+    """Write what is not damaged; return the photos, the weights, and an archive, as bytes."""
+    draw_landscapes(folder / 'drawings', per_kind=1)
+    names = sorted((folder / 'drawings').rglob('*.jpg'))
+    with predict.Image.open(names[0]) as photo:
+        small = photo.resize((48, 40))
+    small.save(folder / 'drawing.png')
+    (folder / 'photos').mkdir()
+    state = new_state()
+    make_a_step(state)
+    state.save(folder / 'checkpoint.pth')
+    torch.save(state.net.state_dict(), folder / 'unet.pth')
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED) as file:
+        for name in names:
+            file.writestr(f'landscapes/{name.parent.name}/{name.name}', name.read_bytes())
+    weights = {name: (folder / name).read_bytes() for name in ('unet.pth', 'checkpoint.pth')}
+    return encode_photos(small), weights, archive.getvalue()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, number in dict(photos=2000, weights=500, archives=300, seed=0).items():
+        parser.add_argument(f'--{name}', type=int, default=number)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # a forked child has no other thread of its parent
+    began, faults = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        photos, weights, archive = prepare(folder)
+        checks = dict(
+            photos=partial(tell, partial(check_photo, photos, args.seed), folder=folder),
+            weights=partial(tell, partial(check_weights, weights, args.seed), folder=folder),
+            archives=check_archives(archive, args.seed, folder))
+        os.chdir(folder)
+        for name, check in checks.items():
+            outcomes = watch(check, getattr(args, name))
+            counts = Counter(outcomes)
+            bad = [(item, outcome) for item, outcome in enumerate(outcomes)
+                   if outcome not in (TAKEN, REFUSED)]
+            print(f'{len(outcomes):5} damaged {name}: {counts[TAKEN]} taken, {counts[REFUSED]} '
+                  f'refused, {len(bad)} faults', flush=True)
+            for item, outcome in bad:
+                print(f'{name} {item}: {outcome}', flush=True)
+            faults += len(bad)
+    print(f'{faults} faults, in {(time.monotonic() - began) / 60:.1f} minutes')
+    return 1 if faults else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

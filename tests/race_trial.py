@@ -1,0 +1,135 @@
+"""Trains two runs of different names in one folder, kills them again and again, and reads on.
+
+    python tests/race_trial.py                      # about a quarter of an hour
+    python tests/race_trial.py --kills 10 --seed 1
+
+Each is killed at a random moment and started again with --resume, while a reader loads unet.pth
+again and again. It must always load whole, and each run must end with the weights of one that
+nothing disturbed.
+"""
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo_landscapes import draw_landscapes  # noqa: E402
+from unet import UNet  # noqa: E402
+
+FLAGS = ['--image_size', '32', '--batch_size', '8', '--val_fraction', '0.25', '--device', 'cpu',
+         '--num_workers', '1', '--epochs', '12']
+RUNS = {'A': ['--seed', '0'], 'B': ['--seed', '1']}
+
+
+def start(folder, name):
+    """Start the run `name` in the folder, or go on with it, in a process group of its own."""
+    log = open(folder.with_name(f'{folder.name}_{name}.log'), 'ab')
+    return subprocess.Popen(
+        [sys.executable, ROOT / 'colorize.py', '--data_path', '../photos', *FLAGS, *RUNS[name],
+         '--name', name, '--resume'], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
+        stderr=log, start_new_session=True, env=dict(OMP_NUM_THREADS='1') | os.environ)
+
+
+class Reader(threading.Thread):
+    """Load unet.pth again and again; keep what is wrong with it."""
+
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self.path, self.ended, self.found, self.reads = path, threading.Event(), [], 0
+
+    def run(self):
+        while not self.ended.wait(0.05):
+            try:
+                UNet().load_state_dict(torch.load(self.path, weights_only=True))
+                self.reads += 1
+            except FileNotFoundError as error:
+                if self.reads:
+                    self.found.append(repr(error))  # it was there before
+            except Exception as error:  # whatever it is, it is what is looked for
+                self.found.append(repr(error))
+
+
+def disturb(folder, kills, rng, longest):
+    """Run both to their end, killing either at random; return the number of kills, and faults."""
+    running = {name: start(folder, name) for name in RUNS}
+    killed, found = 0, []
+    while running:
+        time.sleep(rng.uniform(0.1, longest))
+        for name, process in list(running.items()):
+            if process.poll() is None:
+                if killed < kills and rng.random() < 0.7:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    killed += 1
+                    running[name] = start(folder, name)
+            else:
+                del running[name]
+                if process.returncode:
+                    found.append(f'{name} ended with {process.returncode}')
+    return killed, found
+
+
+def differences(folder, expected):
+    """Return what is not as in the undisturbed runs, whose weights are `expected`."""
+    found = [f'{name} has other weights' for name in RUNS
+             if (folder / f'runs/{name}/unet.pth').read_bytes() != expected[name]]
+    if (folder / 'unet.pth').read_bytes() not in expected.values():
+        found.append("unet.pth is no run's")
+    found += [f'{path} was left' for path in folder.rglob('*.tmp')]
+    found += [f'{path} came up' for path in folder.glob('unet_*')]
+    for name in RUNS:
+        text = folder.with_name(f'{folder.name}_{name}.log').read_text()
+        found += [f'{name}: {text}'] if 'Traceback' in text else []
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=50)
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    rng, began = random.Random(args.seed), time.monotonic()
+    killed, rounds, reads, found = 0, 0, 0, []
+    with tempfile.TemporaryDirectory() as base:
+        base = Path(base)
+        draw_landscapes(base / 'photos', per_kind=2)
+        (base / 'alone').mkdir()
+        expected = {}
+        for name in RUNS:
+            assert start(base / 'alone', name).wait() == 0
+            expected[name] = (base / f'alone/runs/{name}/unet.pth').read_bytes()
+        longest = (time.monotonic() - began) / 2  # a little more than a run alone takes
+        while killed < args.kills:
+            rounds += 1
+            folder = base / f'round_{rounds}'
+            folder.mkdir()
+            reader = Reader(folder / 'unet.pth')
+            reader.start()
+            kills, faults = disturb(folder, min(10, args.kills - killed), rng, longest)
+            reader.ended.set()
+            reader.join()
+            killed, reads = killed + kills, reads + reader.reads
+            faults += reader.found + differences(folder, expected)
+            found += [f'round {rounds}: {fault}' for fault in faults]
+            print(f'round {rounds}: {kills} kills, {reader.reads} reads of unet.pth, '
+                  f'{len(faults)} faults', flush=True)
+    print(f'{killed} kills in {rounds} rounds of two runs, {reads} reads, {len(found)} faults, '
+          f'in {(time.monotonic() - began) / 60:.1f} minutes')
+    for fault in found:
+        print(fault)
+    return 1 if found else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
