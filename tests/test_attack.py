@@ -164,6 +164,27 @@ def test_02_temporary_files_of_two_processes_have_different_names(tmp_path, monk
     assert len(set(names)) == 2
 
 
+@pytest.mark.parametrize('kill', [1, 2])
+def test_02_a_kill_between_the_two_files_of_weights(tmp_path, monkeypatch, kill):
+    """The repeated epoch must not take the latest weights for somebody else's."""
+    net, replaced = UNet(), []
+    RunFolder(tmp_path, 'A', True).save_weights(net)
+    torch.nn.init.ones_(net.last_conv.bias)
+
+    def replace(*names, real=os.replace):
+        replaced.append(names)
+        if len(replaced) == kill:
+            raise KeyboardInterrupt
+        real(*names)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, 'replace', replace)
+        RunFolder(tmp_path, 'A', True).save_weights(net)
+    RunFolder(tmp_path, 'A', True).save_weights(net)
+    assert sorted(os.listdir(tmp_path)) == ['runs', 'unet.pth']
+    assert (tmp_path / 'unet.pth').read_bytes() == (tmp_path / 'runs/A/unet.pth').read_bytes()
+    assert sorted(os.listdir(tmp_path / 'runs/A')) == ['.lock', 'unet.pth']
+
+
 # ---------------------------------------------------------------------------- 3: where they are
 
 def test_03_says_which_file_has_the_weights_of_this_run(again, tmp_path, capfd):

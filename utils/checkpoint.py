@@ -429,12 +429,16 @@ class RunFolder:
         Latest weights that are in no run's folder are renamed first.
         """
         with lock(self.runs / '.lock', wait=True):  # runs of other names write the latest, too
-            if self.latest.exists() and not self.is_in_a_run(self.latest.read_bytes()):
+            plain, content = plain_state_dict(net), io.BytesIO()
+            torch.save(plain, content)
+            # the latest are these very weights if this run was killed below, between the two files
+            if self.latest.exists() and (found := self.latest.read_bytes()) != content.getvalue() \
+                    and not self.is_in_a_run(found):
                 print0(f"{self.latest.name} is in no run's folder: it is now "
                        f'{backup_existing(self.latest).name}')
             for leftover in self.latest.parent.glob(f'{self.latest.name}.*.tmp'):
                 leftover.unlink()
-            atomic_save(plain_state_dict(net), self.weights, self.latest)
+            atomic_save(plain, self.latest, self.weights)
 
     def is_latest(self):
         """Tell whether the latest weights are this run's."""
@@ -442,7 +446,7 @@ class RunFolder:
 
     def is_in_a_run(self, weights):
         """Tell whether some run's folder has these weights (bytes)."""
-        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth')
+        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet.pth*')
                    if path.is_file())
 
 
