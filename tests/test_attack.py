@@ -164,6 +164,27 @@ def test_02_temporary_files_of_two_processes_have_different_names(tmp_path, monk
     assert len(set(names)) == 2
 
 
+@pytest.mark.parametrize('kill', [1, 2])
+def test_02_a_kill_between_the_two_files_of_weights(tmp_path, monkeypatch, kill):
+    """The repeated epoch must not take the latest weights for somebody else's."""
+    net, replaced = UNet(), []
+    RunFolder(tmp_path, 'A', True).save_weights(net)
+    torch.nn.init.ones_(net.last_conv.bias)
+
+    def replace(*names, real=os.replace):
+        replaced.append(names)
+        if len(replaced) == kill:
+            raise KeyboardInterrupt
+        real(*names)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, 'replace', replace)
+        RunFolder(tmp_path, 'A', True).save_weights(net)
+    RunFolder(tmp_path, 'A', True).save_weights(net)
+    assert sorted(os.listdir(tmp_path)) == ['runs', 'unet.pth']
+    assert (tmp_path / 'unet.pth').read_bytes() == (tmp_path / 'runs/A/unet.pth').read_bytes()
+    assert sorted(os.listdir(tmp_path / 'runs/A')) == ['.lock', 'unet.pth']
+
+
 # ---------------------------------------------------------------------------- 3: where they are
 
 def test_03_says_which_file_has_the_weights_of_this_run(again, tmp_path, capfd):
@@ -392,7 +413,7 @@ HOSTILE = {
     'best_gain inf': ('progress.best_gain', math.inf, 'best_gain is inf'),
     'a key None': (None, {None: 1}, 'it has None'),
     'a key 3': (None, {3: 1}, 'it has 3'),
-    'an endless key': (None, {ENDLESS_KEY: 1}, 'it has a tuple'),
+    'a key of a tuple': (None, {(1, 2): 1}, 'it has a tuple'),
     'scaler of a tensor': ('scaler', SCALER | dict(scale=torch.ones(3)),
                            'scaler.scale is a Tensor'),
     'scaler 0': ('scaler', SCALER | dict(scale=0.0), 'the gradient scaler is'),

@@ -502,9 +502,9 @@ class RunFolder:
 
     def is_in_a_run(self, weights):
         """Tell whether some run's folder has these weights (bytes)."""
-        return any(
-            path.read_bytes() == weights for path in self.runs.glob('*/unet.pth') if path.is_file()
-        )
+        # a file that a killed run could not rename any more counts, too
+        candidates = (path for path in self.runs.glob('*/unet.pth*') if path.is_file())
+        return any(path.read_bytes() == weights for path in candidates)
 
 
 # ---------------------------------------------------------------------------- stopping
