@@ -19,7 +19,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import colorize
 from unet import UNet
-from utils import device
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, WEIGHTS = 'runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth'
@@ -50,7 +49,7 @@ def call(folder, *flags, program=colorize):
         if folder:
             patch.chdir(folder)
         patch.setattr(sys, 'argv', ['colorize.py', *words])
-        patch.setattr(device, 'keep_freed_memory', lambda: None)  # it would outlast the test
+        patch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it would outlast the test
         patch.setattr(threading, 'excepthook', threading.excepthook)  # so that it is put back
         try:
             return program.main(words)

@@ -60,7 +60,7 @@ def train(folder, *flags):
                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(colorize.device, 'keep_freed_memory', lambda: None)  # it outlasts the test
+        patch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it outlasts the test
         patch.setattr(threading, 'excepthook', threading.excepthook)  # so that it is put back
         patch.setattr(sys, 'argv', ['colorize.py'])
         try:
