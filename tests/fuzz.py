@@ -55,11 +55,12 @@ TAKEN, REFUSED = 'taken', 'refused'  # all other outcomes are faults
 # ---------------------------------------------------------------------------- a child, watched
 
 def watch(check, number):
-    """Return the outcomes of check(0), check(1), …: what it returned, or how its process ended."""
-    outcomes = []
-    while len(outcomes) < number:
-        outcomes += outcomes_of_a_child(check, range(len(outcomes), number))
-    return outcomes
+    """Yield the outcomes of check(0), check(1), …: what it returned, or how its process ended."""
+    done = 0
+    while done < number:
+        for outcome in outcomes_of_a_child(check, range(done, number)):
+            done += 1
+            yield outcome
 
 
 def outcomes_of_a_child(check, items):
@@ -301,15 +302,15 @@ def main():
             archives=check_archives(archive, args.seed, folder))
         os.chdir(folder)
         for name, check in checks.items():
-            outcomes = watch(check, getattr(args, name))
-            counts = Counter(outcomes)
-            bad = [(item, outcome) for item, outcome in enumerate(outcomes)
-                   if outcome not in (TAKEN, REFUSED)]
-            print(f'{len(outcomes):5} damaged {name}: {counts[TAKEN]} taken, {counts[REFUSED]} '
-                  f'refused, {len(bad)} faults', flush=True)
-            for item, outcome in bad:
-                print(f'{name} {item}: {outcome}', flush=True)
-            faults += len(bad)
+            counts = Counter()
+            for item, outcome in enumerate(watch(check, getattr(args, name))):
+                if outcome not in (TAKEN, REFUSED):
+                    print(f'{name} {item}: {outcome}', flush=True)
+                    outcome = 'fault'
+                counts[outcome] += 1
+            print(f'{counts.total():5} damaged {name}: {counts[TAKEN]} taken, {counts[REFUSED]} '
+                  f'refused, {counts["fault"]} faults', flush=True)
+            faults += counts['fault']
     print(f'{faults} faults, in {(time.monotonic() - began) / 60:.1f} minutes')
     return 1 if faults else 0
 
