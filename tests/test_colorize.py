@@ -230,7 +230,7 @@ def test_a_tiny_run_learns(train, tmp_path):
     train('--batch_size', 8, '--epochs', 8)
     curve = curves(tmp_path)
     # a network that learns nothing, or only gray, is not better than the gray copy
-    assert curve[GAIN][-1][1] > 0.5
+    assert curve[GAIN][-1][1] > 1
     assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
 
 
