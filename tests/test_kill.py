@@ -188,7 +188,10 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_epochs(again, tmp_path):
 def test_without_a_checkpoint_it_starts_afresh_in_the_same_folder(reference, again, tmp_path):
     again('--epochs', 1, '--seed', 1)
     (tmp_path / CHECKPOINT).unlink()
-    assert 'logging in runs/UNet\n' in again().out
+    earlier = (tmp_path / 'runs/UNet/unet.pth').read_bytes()
+    out = again().out
+    assert 'logging in runs/UNet\n' in out and out.count('it is now unet_1.pth\n') == 1
+    assert (tmp_path / 'runs/UNet/unet_1.pth').read_bytes() == earlier
     assert [path.name for path in (tmp_path / 'runs').iterdir() if path.is_dir()] == ['UNet']
     assert differences(tmp_path, reference) == []
 

@@ -39,9 +39,7 @@ def atomic_save(content, *paths):
     A path that is a link is followed. All files are written before the first takes its name.
     Raises OSError naming the path that could not be written, which then is as it was.
     """
-    buffer = io.BytesIO()  # writing to a full disk itself, torch.save would not raise OSError
-    torch.save(content, buffer)
-    written = []
+    content, written = serialize(content), []
     try:
         for path in paths:
             target = os.path.realpath(path)
@@ -51,7 +49,7 @@ def atomic_save(content, *paths):
             temporary = f'{target}.{uuid.uuid4().hex[:8]}.tmp'
             written.append((temporary, target))
             with open(temporary, 'xb') as file:
-                file.write(buffer.getbuffer())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, names in zip(paths, written, strict=True):  # noqa: B007, `path` is for the error
@@ -61,6 +59,13 @@ def atomic_save(content, *paths):
             with contextlib.suppress(OSError):  # it is in place already, or the disk is read-only
                 os.unlink(temporary)
         raise OSError(error.errno, f'{path} was not saved: {error.strerror}') from error
+
+
+def serialize(content):
+    """Return what torch.save writes: writing to a full disk, it would not raise OSError itself."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def backup_existing(path):
@@ -484,9 +489,17 @@ class RunFolder:
     def save_weights(self, net):
         """Save the weights of `net` as this run's, and as the latest.
 
-        Latest weights that are in no run's folder are renamed first.
+        Weights that would be lost are renamed first: the latest if they are in no run's folder, and
+        this folder's if there is no checkpoint that they belong to.
         """
+        weights = plain_state_dict(net)
         with lock(self.runs / '.lock', wait=True):  # runs of other names write the latest, too
+            if self.weights.exists() and not self.checkpoint.exists():
+                if self.weights.read_bytes() != serialize(weights):  # a killed run's are the same
+                    print0(
+                        f'{self.weights} has no checkpoint beside it: it is now '
+                        f'{backup_existing(self.weights).name}'
+                    )
             if self.latest.exists() and not self.is_in_a_run(self.latest.read_bytes()):
                 print0(
                     f"{self.latest.name} is in no run's folder: it is now "
@@ -494,7 +507,7 @@ class RunFolder:
                 )
             for leftover in self.latest.parent.glob(f'{self.latest.name}.*.tmp'):
                 leftover.unlink()
-            atomic_save(plain_state_dict(net), self.latest, self.weights)
+            atomic_save(weights, self.latest, self.weights)
 
     def is_latest(self):
         """Tell whether the latest weights are this run's."""
@@ -503,7 +516,7 @@ class RunFolder:
     def is_in_a_run(self, weights):
         """Tell whether some run's folder has these weights (bytes)."""
         # a file that a killed run could not rename any more counts, too
-        candidates = (path for path in self.runs.glob('*/unet.pth*') if path.is_file())
+        candidates = (path for path in self.runs.glob('*/unet*.pth*') if path.is_file())
         return any(path.read_bytes() == weights for path in candidates)
 
 
