@@ -133,8 +133,8 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
         torch.manual_seed(0)
         net = UNet()
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        for epoch in range(3):
-            loss = colorize.train_epoch(net, optimizer, batches(), Progress(epoch),
+        for epoch in range(2):
+            loss = colorize.train_epoch(net, optimizer, batches(2, 8), Progress(epoch),
                                         colorize.Recipe(precision))
         losses.append(loss)
         assert all(p.dtype == torch.float32 for p in net.parameters())
@@ -289,16 +289,17 @@ def test_a_compiled_network_trains_and_saves_plain_weights(train, tmp_path, monk
 
 
 def test_a_run_in_float16_goes_on_with_its_scaler(train, tmp_path):
-    half = '--precision', 'fp16'
+    # few pixels, because many processors compute float16 in software: two steps an epoch
+    half = '--precision', 'fp16', '--image_size', 8, '--batch_size', 24
     train(*half, '--epochs', 2, '--name', 'whole')
-    with signal_after(4):
+    with signal_after(3):
         train(*half, '--epochs', 2, code=128 + signal.SIGTERM)
     scaler = load(tmp_path / CHECKPOINT)['scaler']
-    assert scaler['_growth_tracker'] == 4 and scaler['scale'] == 65536
+    assert scaler['_growth_tracker'] == 3 and scaler['scale'] == 65536
     with signal_after(None) as made:
         train(*half, '--epochs', 2, '--resume')
-    assert len(made) == 2
-    assert load(tmp_path / CHECKPOINT)['scaler']['_growth_tracker'] == 6
+    assert len(made) == 1
+    assert load(tmp_path / CHECKPOINT)['scaler']['_growth_tracker'] == 4
     assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / 'runs/whole/unet.pth').read_bytes()
 
 
