@@ -14,6 +14,8 @@ above that of the gray copies, and colorfulness (Hasler and Süsstrunk) is the m
 also in percent of that of the true photos. A number ± another is the mean over the seeds and their
 standard deviation: differences within it are chance.
 """
+
+import argparse
 import os
 import subprocess
 import sys
@@ -51,6 +53,7 @@ COLUMNS = 'PSNR', 'gain', 'colorfulness', '% of truth', 'seconds'
 
 # ---------------------------------------------------------------------------- arguments
 
+
 def list_of(kind):
     """Return an argparse type: a comma-separated list of what the type `kind` takes."""
     return lambda text: [kind(part.strip()) for part in text.split(',')]
@@ -58,8 +61,8 @@ def list_of(kind):
 
 def variant(name):
     if name not in VARIANTS:
-        raise cli.argparse.ArgumentTypeError(
-            f'{name!r} is no variant; there are: {", ".join(VARIANTS)}')
+        known = ', '.join(VARIANTS)
+        raise argparse.ArgumentTypeError(f'{name!r} is no variant; there are: {known}')
     return name
 
 
@@ -68,14 +71,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add('--data_path', help='the folder of photos to train on')
     add('--val_path', required=True, help='the folder of photos to test on')
-    add('--variants', type=list_of(variant), default=list(VARIANTS), metavar='NAME,NAME',
-        help=f'which of: {", ".join(VARIANTS)} [all]')
-    add('--seeds', type=list_of(cli.nonnegative_int), default=[0, 1, 2], metavar='N,N',
-        help='each variant is trained once with each seed [0,1,2]')
-    add('--epochs', type=cli.positive_int, default=4, help='of each training [%(default)s]')
-    add('--saturations', type=list_of(cli.nonnegative_float), default=[1.0], metavar='X,X',
-        help='as in predict.py; one row of the table for each [1]')
-    add('--weights', metavar='FILE', help='test these weights, and train nothing')
+    add('--variants', type=list_of(variant), default=','.join(VARIANTS), help='which to train')
+    seeds = 'each variant is trained once with each of them'
+    add('--seeds', type=list_of(cli.nonnegative_int), default='0,1,2', help=seeds)
+    add('--epochs', type=cli.positive_int, default=4, help='of each training')
+    saturations = 'as in predict.py: a row of the table for each'
+    add('--saturations', type=list_of(cli.nonnegative_float), default='1', help=saturations)
+    add('--weights', help='a file: test these weights, and train nothing')
     args = parser.parse_args(argv)
     if not args.weights and not args.data_path:
         parser.error('give --data_path, photos to train on, or --weights, to test without training')
@@ -83,6 +85,7 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------- test
+
 
 def tensor(photo):
     return pil_to_tensor(photo)[None] / 255
@@ -136,20 +139,20 @@ class TestSet:
 
 # ---------------------------------------------------------------------------- train
 
+
 def train(args, name, seed, folder):
     """Train the variant in `folder`, and return its network and the seconds that it took.
 
     Raises RuntimeError if colorize.py fails, which has printed why.
     """
     start = time.perf_counter()
-    code = subprocess.call([
-        sys.executable, ROOT / 'colorize.py', '--data_path', os.path.abspath(args.data_path),
-        '--val_fraction', '0', '--epochs', str(args.epochs), '--seed', str(seed),
-        *VARIANTS[name].split()], cwd=folder, stdout=subprocess.DEVNULL)
+    flags = f'--val_fraction 0 --epochs {args.epochs} --seed {seed} {VARIANTS[name]}'.split()
+    flags += ['--data_path', os.path.abspath(args.data_path)]
+    command = [sys.executable, ROOT / 'colorize.py', *flags]
+    code = subprocess.call(command, cwd=folder, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     if code:
-        raise RuntimeError(f'colorize.py failed with {VARIANTS[name] or "its defaults"} (exit '
-                           f'code {code})')
+        raise RuntimeError(f'the variant {name!r}: colorize.py ended with exit code {code}')
     return load_weights(UNet(), os.path.join(folder, 'unet.pth')), seconds
 
 
@@ -163,13 +166,14 @@ def train_and_test(args, test_set):
         for saturation in args.saturations:
             row = *test_set.test(net, saturation), seconds
             rows.setdefault((name, saturation), []).append(row)
-            tqdm.write(f'{name}, seed {seed}: ' + ', '.join(
-                f'{column} {value:.2f}' for column, value in zip(COLUMNS, row, strict=True)),
-                file=sys.stderr)
+            values = zip(COLUMNS, row, strict=True)
+            line = ', '.join(f'{column} {value:.2f}' for column, value in values)
+            tqdm.write(f'{name}, seed {seed}, saturation {saturation:g}: {line}', file=sys.stderr)
     return rows
 
 
 # ---------------------------------------------------------------------------- the table
+
 
 def print_row(*cells):
     print('| ' + ' | '.join(cells) + ' |')
@@ -177,7 +181,7 @@ def print_row(*cells):
 
 def print_table(rows):
     """Print mean and standard deviation of each (variant, saturation) as a Markdown table."""
-    columns = COLUMNS[:len(next(iter(rows.values()))[0])]
+    columns = COLUMNS[: len(next(iter(rows.values()))[0])]
     print_row('variant', 'saturation', 'seeds', *columns)
     print_row(*['---'] * (3 + len(columns)))
     for (name, saturation), values in rows.items():
@@ -192,12 +196,15 @@ def run(args):
     if not args.weights:
         list_photos(args.data_path)  # refuses a wrong folder before anything is read or trained
     test_set = TestSet(args.val_path)
-    print(f'{len(test_set.photos)} photos: gray copy {test_set.gray_psnr:.2f} dB, colorfulness of '
-          f'the truth {test_set.colorfulness:.2f}', flush=True)
+    print(
+        f'{len(test_set.photos)} color photos: gray copy {test_set.gray_psnr:.2f} dB, '
+        f'colorfulness of the truth {test_set.colorfulness:.2f}',
+        flush=True,
+    )
     if args.weights:
         net = load_weights(UNet(), args.weights)
-        print_table({(args.weights, saturation): [test_set.test(net, saturation)]
-                     for saturation in args.saturations})
+        rows = {(args.weights, s): [test_set.test(net, s)] for s in args.saturations}
+        print_table(rows)
     else:
         print_table(train_and_test(args, test_set))
 
@@ -209,6 +216,9 @@ def main():
     except (UsageError, RuntimeError) as error:
         print(f'quality.py: {error}', file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print('quality.py: stopped; each finished run is printed above', file=sys.stderr)
+        return 130
 
 
 if __name__ == '__main__':
