@@ -1,9 +1,12 @@
-"""Colorizes photos in a browser, on this machine alone: http://localhost:7860
+"""Colorize photos in a browser, on this machine alone: http://localhost:7860
 
     pip install -r requirements-app.txt
     python app.py                            # with the weights in unet.pth
     python app.py --weights my.pth --port 7861
+
+No photo is kept, or sent elsewhere.
 """
+
 import signal
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -49,13 +52,18 @@ def parse_args(argv):
     parser = cli.ArgumentParser(prog='app.py', description=__doc__)
     add = parser.add_argument
     add('--weights', default='unet.pth', help='what colorize.py saved [%(default)s]')
-    add('--port', type=cli.number(int, lambda n: 0 < n < 65536, 'a port, 1 to 65535'), default=7860,
-        help='[%(default)s]')
+    add(
+        '--port',
+        type=cli.number(int, lambda n: 0 < n < 65536, 'a port, 1 to 65535'),
+        default=7860,
+        help='[%(default)s]',
+    )
     add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
     return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------- one visitor's photo
+
 
 class Upload:
     """A photo that someone dropped on the page, and its results in a `folder` of its own.
@@ -83,8 +91,9 @@ class Upload:
         return apply_chroma(to_rgb(photo).convert('L'), self.chroma[size], saturation)
 
     def draw(self, net, photo, size, saturation):
-        return draw_result(photo, self.format,
-                           lambda part: self.colorize(net, part, size, saturation))
+        return draw_result(
+            photo, self.format, lambda part: self.colorize(net, part, size, saturation)
+        )
 
     def show(self, net, size, saturation):
         """Return the paths of two pictures for the page: gray and colorized."""
@@ -140,34 +149,75 @@ class Visitors:
 
 # ---------------------------------------------------------------------------- the page
 
+
 def build_page(visitors, examples):
     """Return the page, as gradio.Blocks. `examples` are paths of pictures to try."""
     import gradio as gr
 
     with gr.Blocks(title='Colorize', analytics_enabled=False) as page:
-        gr.Markdown('# Colorize a photo\nDrop a photo, and drag the line between gray and color. '
-                    'Nothing leaves this machine, and nothing is kept when you close the page.')
+        gr.Markdown(
+            '# Colorize a photo\nDrop a photo, and drag the line between gray and color. '
+            'Nothing leaves this machine, and nothing is kept when you close the page.'
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label='Photo', height=140, elem_id='photo')
                 message = gr.Markdown(elem_id='message')
-                saturation = gr.Slider(0, 2, 1, step=0.05, label='Saturation',
-                                       elem_id='saturation', info='0 is gray, 1 as predicted')
-                size = gr.Slider(32, 512, default_size(visitors.net), step=8, label='Size',
-                                 elem_id='size', info='pixels that the network sees: the shorter '
-                                 'side')
-                download = gr.DownloadButton('Download the result', interactive=False,
-                                             elem_id='download')
+                saturation = gr.Slider(
+                    0,
+                    2,
+                    1,
+                    step=0.05,
+                    label='Saturation',
+                    elem_id='saturation',
+                    info='0 is gray, 1 as predicted',
+                )
+                size = gr.Slider(
+                    32,
+                    512,
+                    default_size(visitors.net),
+                    step=8,
+                    label='Size',
+                    elem_id='size',
+                    info='pixels that the network sees: the shorter side',
+                )
+                download = gr.DownloadButton(
+                    'Download the result', interactive=False, elem_id='download'
+                )
             with gr.Column(scale=3):
-                slider = gr.ImageSlider(label='Gray and color', interactive=False, max_height=640,
-                                        elem_id='result', buttons=['fullscreen'])
+                slider = gr.ImageSlider(
+                    label='Gray and color',
+                    interactive=False,
+                    max_height=640,
+                    elem_id='result',
+                    buttons=['fullscreen'],
+                )
         gr.Markdown('Or try a drawing:')
-        gallery = gr.Gallery([str(path) for path in examples], show_label=False, columns=7,
-                             height=150, allow_preview=False, elem_id='examples',
-                             interactive=False, buttons=[])
-        connect(gr, visitors, examples,
-                dict(page=page, file=file, message=message, saturation=saturation, size=size,
-                     download=download, slider=slider, gallery=gallery))
+        gallery = gr.Gallery(
+            [str(path) for path in examples],
+            show_label=False,
+            columns=7,
+            height=150,
+            allow_preview=False,
+            elem_id='examples',
+            interactive=False,
+            buttons=[],
+        )
+        connect(
+            gr,
+            visitors,
+            examples,
+            dict(
+                page=page,
+                file=file,
+                message=message,
+                saturation=saturation,
+                size=size,
+                download=download,
+                slider=slider,
+                gallery=gallery,
+            ),
+        )
     return page
 
 
@@ -210,12 +260,14 @@ def connect(gr, visitors, examples, parts):
 
     quick = dict(api_visibility='private', trigger_mode='always_last', show_progress='hidden')
     told = [*shown, parts['message']]
-    for event in (parts['file'].upload(drop, [parts['file'], *settings], [*told, parts['file']],
-                                       **quick),
-                  parts['gallery'].select(try_example, settings, told, **quick),
-                  *(part.change(show, settings, shown, **quick) for part in settings)):
-        event.then(save, settings, parts['download'], api_visibility='private',
-                   show_progress='hidden')
+    for event in (
+        parts['file'].upload(drop, [parts['file'], *settings], [*told, parts['file']], **quick),
+        parts['gallery'].select(try_example, settings, told, **quick),
+        *(part.change(show, settings, shown, **quick) for part in settings),
+    ):
+        event.then(
+            save, settings, parts['download'], api_visibility='private', show_progress='hidden'
+        )
     parts['page'].unload(leave)
 
 
@@ -228,33 +280,50 @@ class OnlyFromHere:
     async def __call__(self, scope, receive, send):
         async def send_with_policy(message):
             if message['type'] == 'http.response.start':
-                message['headers'] = [*message.get('headers', []),
-                                      (b'content-security-policy', POLICY.encode())]
+                message['headers'] = [
+                    *message.get('headers', []),
+                    (b'content-security-policy', POLICY.encode()),
+                ]
             await send(message)
+
         await self.app(scope, receive, send_with_policy)
 
 
 # ---------------------------------------------------------------------------- the server
+
 
 def serve(net, port, folder):
     """Serve the page on localhost, with its files in `folder`, until a signal raises Stopped.
 
     Raises UsageError if the port is taken.
     """
-    os.environ.update(GRADIO_TEMP_DIR=str(folder), GRADIO_ANALYTICS_ENABLED='False',
-                      HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_OFFLINE='1')
+    os.environ.update(
+        GRADIO_TEMP_DIR=str(folder),
+        GRADIO_ANALYTICS_ENABLED='False',
+        HF_HUB_DISABLE_TELEMETRY='1',
+        HF_HUB_OFFLINE='1',
+    )
     import gradio as gr
     from starlette.middleware import Middleware
 
     draw_landscapes(folder / 'drawings', per_kind=1)
-    page = build_page(Visitors(net, folder / 'visitors'),
-                      sorted((folder / 'drawings').rglob('*.jpg')))
+    page = build_page(
+        Visitors(net, folder / 'visitors'), sorted((folder / 'drawings').rglob('*.jpg'))
+    )
     try:
         page.launch(
-            server_name='127.0.0.1', server_port=port, share=False, quiet=True, ssr_mode=False,
-            prevent_thread_lock=True, inbrowser=False, max_file_size=MAX_UPLOAD, footer_links=[],
+            server_name='127.0.0.1',
+            server_port=port,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            inbrowser=False,
+            max_file_size=MAX_UPLOAD,
+            footer_links=[],
             theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
-            app_kwargs=dict(middleware=[Middleware(OnlyFromHere)]))
+            app_kwargs=dict(middleware=[Middleware(OnlyFromHere)]),
+        )
     except OSError as error:
         raise UsageError(f'--port {port} is taken or not allowed; give another') from error
     print(f'Open http://localhost:{port} in a browser; Ctrl-C ends it.', flush=True)

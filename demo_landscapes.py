@@ -5,6 +5,7 @@
 
 The same seed always draws the same pictures. A folder with pictures is left as it is.
 """
+
 import argparse
 import os
 import sys
@@ -18,17 +19,42 @@ KINDS = 'city', 'road', 'mountain', 'lake', 'ocean', 'field', 'forest'
 W, H = 320, 240  # drawn at twice the size and halved at the end: cheap smooth edges
 Y, X = np.mgrid[:H, :W].astype(np.float32)
 # the sky's top, its foot (which is also the haze), clouds, sun or moon; the light on the land
-MOODS = {'day': ((.08, .42, .90), (.54, .83, 1), (1, 1, 1), (1, .96, .76), (1, 1, 1)),
-         'dusk': ((.38, .26, .48), (1, .68, .40), (.98, .6, .5), (1, .92, .6), (.84, .66, .56)),
-         'night': ((.02, .05, .22), (.13, .28, .54), (.14, .2, .4), (1, .96, .84), (.3, .38, .5))}
-LEAF, PINE, GRASS, WHEAT = (.38, .62, .08), (.20, .52, .14), (.54, .74, .14), (.96, .78, .20)
-SAND, SEA, ROCK, WHITE = (.97, .84, .52), (.02, .38, .70), (.60, .49, .34), (.95, .97, 1)
-WALLS = (.72, .40, .26), (.90, .74, .48), (.80, .58, .36)  # brick, sandstone, terracotta
+MOODS = {
+    'day': ((0.08, 0.42, 0.90), (0.54, 0.83, 1), (1, 1, 1), (1, 0.96, 0.76), (1, 1, 1)),
+    'dusk': (
+        (0.38, 0.26, 0.48),
+        (1, 0.68, 0.40),
+        (0.98, 0.6, 0.5),
+        (1, 0.92, 0.6),
+        (0.84, 0.66, 0.56),
+    ),
+    'night': (
+        (0.02, 0.05, 0.22),
+        (0.13, 0.28, 0.54),
+        (0.14, 0.2, 0.4),
+        (1, 0.96, 0.84),
+        (0.3, 0.38, 0.5),
+    ),
+}
+LEAF, PINE, GRASS, WHEAT = (
+    (0.38, 0.62, 0.08),
+    (0.20, 0.52, 0.14),
+    (0.54, 0.74, 0.14),
+    (0.96, 0.78, 0.20),
+)
+SAND, SEA, ROCK, WHITE = (0.97, 0.84, 0.52), (0.02, 0.38, 0.70), (0.60, 0.49, 0.34), (0.95, 0.97, 1)
+WALLS = (0.72, 0.40, 0.26), (0.90, 0.74, 0.48), (0.80, 0.58, 0.36)  # brick, sandstone, terracotta
 # a tree's parts, back to front: brightness, then corners x, y from its root, in tree heights
-CONE = [(shade, 0, -top, 0, -low, x, -low)
-        for low, top, wide in ((.1, .55, .24), (.34, .8, .19), (.58, 1, .13))
-        for shade, x in ((1.25, -wide), (.75, wide))]
-CROWN = [(.75, -.28, -.9, .4, -.22), (1, -.32, -.96, .28, -.36), (1.2, -.26, -.92, .06, -.6)]
+CONE = [
+    (shade, 0, -top, 0, -low, x, -low)
+    for low, top, wide in ((0.1, 0.55, 0.24), (0.34, 0.8, 0.19), (0.58, 1, 0.13))
+    for shade, x in ((1.25, -wide), (0.75, wide))
+]
+CROWN = [
+    (0.75, -0.28, -0.9, 0.4, -0.22),
+    (1, -0.32, -0.96, 0.28, -0.36),
+    (1.2, -0.26, -0.92, 0.06, -0.6),
+]
 
 
 def noise(rng, rows, cols, octaves=1):
@@ -53,19 +79,19 @@ class Scene:
     """A picture in the making: it starts as a sky, and each call lays something before it."""
 
     def __init__(self, rng, horizon):
-        self.rng, mood = rng, rng.choice(list(MOODS), p=(.88, .08, .04))
-        top, self.foot, cloud, self.sun, self.light = (self.vary(c, .03) for c in MOODS[mood])
-        self.sun_x = rng.uniform(.1, .9) * W
-        far = np.hypot(X - self.sun_x, Y - horizon * rng.uniform(.2, .6))[..., None]
+        self.rng, mood = rng, rng.choice(list(MOODS), p=(0.88, 0.08, 0.04))
+        top, self.foot, cloud, self.sun, self.light = (self.vary(c, 0.03) for c in MOODS[mood])
+        self.sun_x = rng.uniform(0.1, 0.9) * W
+        far = np.hypot(X - self.sun_x, Y - horizon * rng.uniform(0.2, 0.6))[..., None]
         sky = top + times(np.clip(Y / horizon, 0, 1), self.foot - top)
         disc = np.float32(far < rng.integers(9, 14))
-        sky += (self.sun - sky) * (np.exp(far / -40) * .6 + disc * .4)
-        cover = noise(rng, 6, 3, 4)[..., None] - np.float32(rng.uniform(-.1, .8))
-        sky += (cloud - sky) * np.clip(cover, 0, .9)
+        sky += (self.sun - sky) * (np.exp(far / -40) * 0.6 + disc * 0.4)
+        cover = noise(rng, 6, 3, 4)[..., None] - np.float32(rng.uniform(-0.1, 0.8))
+        sky += (cloud - sky) * np.clip(cover, 0, 0.9)
         self.image = Image.fromarray(np.uint8(np.clip(sky, 0, 1) * 255))
         self.draw = ImageDraw.Draw(self.image)
 
-    def vary(self, color, amount=.06):
+    def vary(self, color, amount=0.06):
         jitter = self.rng.normal(1, amount) * self.rng.normal(1, amount / 2, 3)
         return np.float32(color) * np.float32(jitter)
 
@@ -84,26 +110,32 @@ class Scene:
     def land(self, y, height, color, haze=0.0):
         """Rolling land from about y (pixels from the top) down; returns its edge, (W,)."""
         edge = y + height * noise(self.rng, 1, 2, 3)[0]
-        self.lay(Y > edge, color, noise(self.rng, 60, 40, 2) * .14, haze)
+        self.lay(Y > edge, color, noise(self.rng, 60, 40, 2) * 0.14, haze)
         return edge
 
     def peaks(self, y, height, haze):
         """Bare ridges with snow on top, lit from the left."""
-        edge = y + sum(np.interp(X[0], np.linspace(0, W, n), self.rng.uniform(-1, 1, n))
-                       * height * 2.6 / n ** .8 for n in (5, 11, 23, 47))
+        edge = y + sum(
+            np.interp(X[0], np.linspace(0, W, n), self.rng.uniform(-1, 1, n))
+            * height
+            * 2.6
+            / n**0.8
+            for n in (5, 11, 23, 47)
+        )
         rock = noise(self.rng, 4, 9, 4) * 34 + edge
-        facets = np.clip((rock - np.roll(rock, -4, 1)) / 20, -.36, .36)
+        facets = np.clip((rock - np.roll(rock, -4, 1)) / 20, -0.36, 0.36)
         self.lay(Y > edge, ROCK, facets, haze)
-        snow = (Y > edge) & (Y < y - height * .2 + noise(self.rng, 6, 20, 2) * 12)
-        self.lay(snow, WHITE, facets * .4, haze * .5)
+        snow = (Y > edge) & (Y < y - height * 0.2 + noise(self.rng, 6, 20, 2) * 12)
+        self.lay(snow, WHITE, facets * 0.4, haze * 0.5)
 
     def trees(self, line, count, size, pine, haze=0.0, spread=4):
         """Cones or round crowns rooted at the line (W,) or up to spread pixels below it."""
         shapes, draw = (CONE, self.draw.polygon) if pine else (CROWN, self.draw.ellipse)
-        bark = tuple(self.lit((.3, .2, .1), haze))
-        for y, x in sorted((line[x] + self.rng.uniform(0, spread), x)
-                           for x in self.rng.integers(0, W, count)):
-            s, tone = size * self.rng.uniform(.7, 1.2), self.vary(PINE if pine else LEAF)
+        bark = tuple(self.lit((0.3, 0.2, 0.1), haze))
+        for y, x in sorted(
+            (line[x] + self.rng.uniform(0, spread), x) for x in self.rng.integers(0, W, count)
+        ):
+            s, tone = size * self.rng.uniform(0.7, 1.2), self.vary(PINE if pine else LEAF)
             self.draw.line((x, y, x, y - s / 2), bark, 3)
             inks = self.lit(np.outer([shape[0] for shape in shapes], tone), haze)
             for ink, (_, *xy) in zip(inks, shapes, strict=True):
@@ -112,27 +144,28 @@ class Scene:
     def water(self, y, mirror):
         """Rippled water from y down, which mirrors (0 to 1) what lies above it."""
         near = np.clip((Y - y) / (H - y), 0, 1)
-        ripple = np.sin(88 * np.sqrt(near) + 5 * noise(self.rng, 24, 5, 2)) * (.3 + near)
+        ripple = np.sin(88 * np.sqrt(near) + 5 * noise(self.rng, 24, 5, 2)) * (0.3 + near)
         above = np.clip(2 * y - Y + ripple * 3, 0, y - 1).astype(int)
-        sea = np.float32(self.lit(times(1 - .2 * near + .14 * ripple, self.vary(SEA))))
+        sea = np.float32(self.lit(times(1 - 0.2 * near + 0.14 * ripple, self.vary(SEA))))
         sea += (np.asarray(self.image)[above, X[0].astype(int)] - sea) * mirror
-        glint = np.exp(-abs(X - self.sun_x) / 16) * np.clip(ripple + .2, 0, 1)
-        sea += (self.sun * 255 - sea) * np.clip(glint, 0, .8)[..., None]
-        self.image.paste(Image.fromarray(np.uint8(np.clip(sea, 0, 255))),
-                         mask=Image.fromarray(Y > y))
+        glint = np.exp(-abs(X - self.sun_x) / 16) * np.clip(ripple + 0.2, 0, 1)
+        sea += (self.sun * 255 - sea) * np.clip(glint, 0, 0.8)[..., None]
+        self.image.paste(
+            Image.fromarray(np.uint8(np.clip(sea, 0, 255))), mask=Image.fromarray(Y > y)
+        )
 
     def houses(self, foot, tall, haze):
         """A row of houses with window grids, standing on foot (pixels from the top)."""
-        lamps = (255, 224, 120) if self.light.mean() < .75 else self.lit((.34, .34, .40), haze)
+        lamps = (255, 224, 120) if self.light.mean() < 0.75 else self.lit((0.34, 0.34, 0.40), haze)
         for x in self.rng.permutation(np.linspace(-10, W - 20, 12)):
-            wide, roof = self.rng.integers(24, 44), foot - tall * self.rng.uniform(.5, 1.2)
+            wide, roof = self.rng.integers(24, 44), foot - tall * self.rng.uniform(0.5, 1.2)
             wall = self.vary(WALLS[self.rng.integers(3)])
-            front, shade = map(tuple, self.lit((wall, wall * .7), haze))
+            front, shade = map(tuple, self.lit((wall, wall * 0.7), haze))
             self.draw.rectangle((x, roof, x + wide, foot), shade)
-            self.draw.rectangle((x, roof, x + wide * .8, foot), front)
+            self.draw.rectangle((x, roof, x + wide * 0.8, foot), front)
             for v in np.arange(roof + 6, foot - 8, 12):
-                for u in np.arange(x + 4, x + wide * .8 - 5, 8):
-                    ink = tuple(lamps) if self.rng.random() < .75 else shade
+                for u in np.arange(x + 4, x + wide * 0.8 - 5, 8):
+                    ink = tuple(lamps) if self.rng.random() < 0.75 else shade
                     self.draw.rectangle((u, v, u + 4, v + 6), ink)
 
 
@@ -141,49 +174,49 @@ def draw_landscape(kind, rng):
 
     Raises ValueError where the kind is not one of KINDS.
     """
-    y, pine = H * rng.uniform(.42, .6), rng.random() < .5
+    y, pine = H * rng.uniform(0.42, 0.6), rng.random() < 0.5
     scene, flat, near = Scene(rng, y), np.full(W, y), np.clip((Y - y) / (H - y), 0, 1)
     if kind == 'city':
-        quay = H * rng.uniform(.72, .84)
-        for row, haze in enumerate((.6, .3, 0)):
-            scene.houses(quay, H * (.54 - .12 * row), haze)
+        quay = H * rng.uniform(0.72, 0.84)
+        for row, haze in enumerate((0.6, 0.3, 0)):
+            scene.houses(quay, H * (0.54 - 0.12 * row), haze)
         scene.trees(np.full(W, quay), 9, 24, False)
-        scene.water(quay + 3, .35)
+        scene.water(quay + 3, 0.35)
     elif kind == 'road':
-        scene.land(y - 14, 14, PINE, .4)
-        scene.trees(scene.land(y, 3, GRASS), 22, 24, pine, .15)
+        scene.land(y - 14, 14, PINE, 0.4)
+        scene.trees(scene.land(y, 3, GRASS), 22, 24, pine, 0.15)
         bend = rng.normal(0, 50) * (1 - near) ** 2
-        side = (X - W * rng.uniform(.35, .65) - bend) / (4 + W * .4 * near)  # edges at -1 and 1
-        scene.lay((Y > y) & (abs(side) < 1), (.46, .46, .5), noise(rng, 80, 80) * .1)
-        dash = (abs(side) < .04) & (np.sin(9 / (near + .12)) > 0)
-        scene.lay((Y > y) & (dash | (abs(abs(side) - .88) < .04)), WHITE)
+        side = (X - W * rng.uniform(0.35, 0.65) - bend) / (4 + W * 0.4 * near)  # edges at -1 and 1
+        scene.lay((Y > y) & (abs(side) < 1), (0.46, 0.46, 0.5), noise(rng, 80, 80) * 0.1)
+        dash = (abs(side) < 0.04) & (np.sin(9 / (near + 0.12)) > 0)
+        scene.lay((Y > y) & (dash | (abs(abs(side) - 0.88) < 0.04)), WHITE)
     elif kind == 'mountain':
-        scene.peaks(y - 30, 44, .4)
-        scene.peaks(y, 34, .1)
-        scene.trees(scene.land(y + 50, 10, PINE, .1), 40, 26, True, .1)
+        scene.peaks(y - 30, 44, 0.4)
+        scene.peaks(y, 34, 0.1)
+        scene.trees(scene.land(y + 50, 10, PINE, 0.1), 40, 26, True, 0.1)
         scene.trees(scene.land(H - 36, 8, GRASS), 9, 44, True, spread=30)
     elif kind == 'lake':
-        scene.peaks(y - 36, 30, .4)
-        scene.trees(scene.land(y - 10, 8, PINE, .2), 40, 22, True, .15, spread=10)
-        scene.water(y, .3)
+        scene.peaks(y - 36, 30, 0.4)
+        scene.trees(scene.land(y - 10, 8, PINE, 0.2), 40, 22, True, 0.15, spread=10)
+        scene.water(y, 0.3)
         scene.trees(scene.land(H - 8, 12, GRASS), 6, 70, pine)
     elif kind == 'ocean':
-        scene.water(y, .1)
-        x, mast = W * rng.uniform(.2, .8), rng.uniform(16, 36)
-        sail = (x, y + 4, x + mast * .35, y - mast, x + mast * .8, y + 6)
+        scene.water(y, 0.1)
+        x, mast = W * rng.uniform(0.2, 0.8), rng.uniform(16, 36)
+        sail = (x, y + 4, x + mast * 0.35, y - mast, x + mast * 0.8, y + 6)
         scene.draw.polygon(sail, tuple(scene.lit(WHITE)))
-        shore = H * rng.uniform(.8, .92) + 9 * noise(rng, 1, 3, 2)[0]
+        shore = H * rng.uniform(0.8, 0.92) + 9 * noise(rng, 1, 3, 2)[0]
         scene.lay(Y > shore - 5 + 3 * noise(rng, 8, 30), WHITE)
-        scene.lay(Y > shore + 3, SAND, noise(rng, 80, 80) * .08)
+        scene.lay(Y > shore + 3, SAND, noise(rng, 80, 80) * 0.08)
     elif kind == 'field':
-        scene.land(y - 14, 12, LEAF, .4)
-        scene.trees(flat, 22, 20, False, .2)
-        rows = np.sin((X - W * rng.uniform(.2, .8)) / (6 + Y - y) * 24) * np.sqrt(near)
-        scene.lay(Y > y, WHEAT, rows * .16 + noise(rng, 50, 70) * .08)
+        scene.land(y - 14, 12, LEAF, 0.4)
+        scene.trees(flat, 22, 20, False, 0.2)
+        rows = np.sin((X - W * rng.uniform(0.2, 0.8)) / (6 + Y - y) * 24) * np.sqrt(near)
+        scene.lay(Y > y, WHEAT, rows * 0.16 + noise(rng, 50, 70) * 0.08)
         scene.trees(flat + 12, 2, 60, False, spread=30)
     elif kind == 'forest':
-        for row, haze in enumerate((.5, .38, .25, .12, 0)):
-            edge = scene.land(y * .7 + 24 * row, 6, PINE if pine else LEAF, haze)
+        for row, haze in enumerate((0.5, 0.38, 0.25, 0.12, 0)):
+            edge = scene.land(y * 0.7 + 24 * row, 6, PINE if pine else LEAF, haze)
             scene.trees(edge, 40 - 5 * row, 40 + 12 * row, pine, haze, spread=20)
         scene.land(H - 18, 5, GRASS)
     else:
@@ -227,15 +260,24 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
-    parser.add_argument('folder', nargs='?', default='data/demo',
-                        help='where the pictures go (default: data/demo)')
-    parser.add_argument('--per_kind', type=int, default=40,
-                        help=f'pictures of each of the {len(KINDS)} kinds (default: 40)')
-    parser.add_argument('--seed', type=int, default=0,
-                        help='another seed draws other pictures (default: 0)')
+    parser.add_argument(
+        'folder', nargs='?', default='data/demo', help='where the pictures go (default: data/demo)'
+    )
+    parser.add_argument(
+        '--per_kind',
+        type=int,
+        default=40,
+        help=f'pictures of each of the {len(KINDS)} kinds (default: 40)',
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, help='another seed draws other pictures (default: 0)'
+    )
     args = parser.parse_args(argv)
     if args.per_kind < 1:
         parser.error(f'--per_kind must be at least 1, not {args.per_kind}')
@@ -253,14 +295,19 @@ def main(argv=None):
         was_empty = is_empty(Path(args.folder))
         number = draw_landscapes(args.folder, args.per_kind, args.seed)
     except OSError as error:
-        print(f'demo_landscapes.py: {error.filename or args.folder}: {error.strerror or error}',
-              file=sys.stderr)
+        print(
+            f'demo_landscapes.py: {error.filename or args.folder}: {error.strerror or error}',
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130
     if not number:
-        print(f'demo_landscapes.py: {args.folder} has no pictures, and is no empty folder: '
-              'name another one', file=sys.stderr)
+        print(
+            f'demo_landscapes.py: {args.folder} has no pictures, and is no empty folder: '
+            'name another one',
+            file=sys.stderr,
+        )
         return 2
     print(f'{number:,} pictures {"" if was_empty else "already "}in {args.folder}')
     return 0

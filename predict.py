@@ -1,10 +1,13 @@
-"""Colorizes photos with trained weights, at full resolution.
+"""Colorize photos with trained weights, at full resolution.
 
     python predict.py old_photo.jpg                       # → colorized/old_photo.jpg
     python predict.py old_photo.jpg --output color.png    # → color.png
     python predict.py album/ --output album_colorized     # a folder, with the folders in it
     python predict.py album/ --saturation 1.3 --compare   # livelier colors, beside the gray
+
+The photos themselves are never changed.
 """
+
 import signal
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -38,42 +41,88 @@ from utils.results import Results
 # what the network sees where the weights do not tell the size of their training: the course's
 DEFAULT_SIZE = 224
 # a little less quality costs more than a gray level; libtiff, which compresses, fails at much EXIF
-FORMATS = dict(AVIF=dict(quality=95), BMP={}, JPEG=dict(quality=98), JPEG2000={}, PNG={}, PPM={},
-               TIFF=dict(compression='raw'), WEBP=dict(quality=100))  # all others become PNG
+FORMATS = dict(
+    AVIF=dict(quality=95),
+    BMP={},
+    JPEG=dict(quality=98),
+    JPEG2000={},
+    PNG={},
+    PPM={},
+    TIFF=dict(compression='raw'),
+    WEBP=dict(quality=100),
+)  # all others become PNG
 NETWORK_BYTES = 1100  # of memory for each pixel that the network sees
 OPAQUE = 'BMP', 'JPEG', 'PPM'
 # where frames are an animation or pages: elsewhere they are previews, layers or sizes
 FRAMED = 'AVIF', 'GIF', 'PNG', 'TIFF', 'WEBP'
 # not about the photo but about the pixels as they were stored (nearly all in TIFF), or a copy of
 # them; the same for the thumbnail, which Pillow leaves out by itself
-STORAGE_TAGS = {*range(254, 269), *range(273, 282), 284, *range(288, 294), 301, *range(317, 348),
-                *range(512, 533), 700, 33723, 34377, 34675, 37724}
+STORAGE_TAGS = {
+    *range(254, 269),
+    *range(273, 282),
+    284,
+    *range(288, 294),
+    301,
+    *range(317, 348),
+    *range(512, 533),
+    700,
+    33723,
+    34377,
+    34675,
+    37724,
+}
 
 
 # ---------------------------------------------------------------------------- arguments
 
+
 def parse_args(argv):
     parser = cli.ArgumentParser(prog='predict.py', description=__doc__)
     add = parser.add_argument
-    add('photos', nargs='+', help='photos, and folders of photos (of several, each goes to a '
-        'folder of its own name)')
+    add(
+        'photos',
+        nargs='+',
+        help='photos, and folders of photos (of several, each goes to a folder of its own name)',
+    )
     add('--weights', default='unet.pth', help='what colorize.py saved [%(default)s]')
-    add('--output', type=Path, default='colorized', help='the folder for the results, which have '
-        'the names of the photos; or, for one photo, the name of the result [%(default)s]')
-    add('--size', type=cli.multiple_of_8, help='the shorter side of what the network sees, in '
-        f'pixels [that of the training, or {DEFAULT_SIZE} where the weights do not tell]')
-    add('--saturation', type=cli.nonnegative_float, default=1.0,
+    add(
+        '--output',
+        type=Path,
+        default='colorized',
+        help='the folder for the results, which have '
+        'the names of the photos; or, for one photo, the name of the result [%(default)s]',
+    )
+    add(
+        '--size',
+        type=cli.multiple_of_8,
+        help='the shorter side of what the network sees, in '
+        f'pixels [that of the training, or {DEFAULT_SIZE} where the weights do not tell]',
+    )
+    add(
+        '--saturation',
+        type=cli.nonnegative_float,
+        default=1.0,
         help='times the predicted color: 0 is gray, 1 to 1.5 is sensible, above 2 is garish '
-        '[%(default)s]')
-    add('--compare', action='store_true', help='results show side by side the gray photo, the '
-        'colorized one, and the original if that has color')
-    add('--num_workers', type=cli.nonnegative_int, default=available_cpus(),
-        help='threads, each with a photo of its own [%(default)s here]')
+        '[%(default)s]',
+    )
+    add(
+        '--compare',
+        action='store_true',
+        help='results show side by side the gray photo, the '
+        'colorized one, and the original if that has color',
+    )
+    add(
+        '--num_workers',
+        type=cli.nonnegative_int,
+        default=available_cpus(),
+        help='threads, each with a photo of its own [%(default)s here]',
+    )
     add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
     return parser.parse_intermixed_args(argv)
 
 
 # ---------------------------------------------------------------------------- one photo
+
 
 def colorize(net, photo, size=None, saturation=1.0):
     """Colorize a PIL image of any mode: return RGB of the same size and luminance.
@@ -137,6 +186,7 @@ def colorize_anyway(net, photo, size, saturation):
 
 
 # ---------------------------------------------------------------------------- one file
+
 
 def read_exif(photo):
     """Return the EXIF of an upright photo that still applies to its result, as bytes."""
@@ -202,11 +252,12 @@ def encode(result, photo, format, exif):
 @dataclass
 class Job:
     """A photo to colorize, and what became of it."""
+
     path: str
-    target: Path = None     # the result
-    format: str = None      # of the result; None for that of the photo
+    target: Path = None  # the result
+    format: str = None  # of the result; None for that of the photo
     is_done: bool = False
-    note: str = ''          # what is to be said of it, in a line
+    note: str = ''  # what is to be said of it, in a line
 
 
 def run_job(job, draw, estimate, results, memory):
@@ -261,6 +312,7 @@ def estimate_memory(photo, net, size):
 
 # ---------------------------------------------------------------------------- the files
 
+
 def find_photos(paths, output):
     """Return Jobs for all photos in files and folders, and for what cannot be taken, with a note.
 
@@ -271,8 +323,10 @@ def find_photos(paths, output):
         try:
             if os.path.isdir(path):
                 home = os.path.basename(os.path.abspath(path)) if len(paths) > 1 else ''
-                jobs += [Job(os.path.join(path, name), output / home / name)
-                         for name in list_photos_outside(output, path)]
+                jobs += [
+                    Job(os.path.join(path, name), output / home / name)
+                    for name in list_photos_outside(output, path)
+                ]
             elif os.path.exists(path):
                 jobs.append(Job(path, output / os.path.basename(path)))
             else:
@@ -289,14 +343,16 @@ def list_photos_outside(output, folder):
     if output == home:
         raise UsageError(f'these are in the folder --output {output}; name another one')
     if output.is_relative_to(home):
-        names = [name for name in names
-                 if not Path(os.path.realpath(home / name)).is_relative_to(output)]
+        names = [
+            name for name in names if not Path(os.path.realpath(home / name)).is_relative_to(output)
+        ]
         if not names:
             raise UsageError(f'no photos but those in --output {output}')
     return names
 
 
 # ---------------------------------------------------------------------------- the run
+
 
 def split_output(output, paths):
     """Return the folder of the results, and the result's format if `output` names a file.
@@ -309,8 +365,9 @@ def split_output(output, paths):
     if len(paths) > 1 or os.path.isdir(paths[0]):
         raise UsageError(f'--output {output} is the name of one result; for several, name a folder')
     if format not in FORMATS:
-        raise UsageError(f'--output {output}: {output.suffix} is not written here; .jpg and .png '
-                         'are')
+        raise UsageError(
+            f'--output {output}: {output.suffix} is not written here; .jpg and .png are'
+        )
     if output.exists() and os.path.exists(paths[0]) and output.samefile(paths[0]):
         raise UsageError(f'--output {output} is the photo itself; name another file')
     return output.parent, format
@@ -328,17 +385,25 @@ def run(args):
     net.to(choose_device(args.device), memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
     function = partial(
-        run_job, results=results, memory=Memory(free_memory(torch.device('cpu'))),
-        draw=partial(draw_result, compare=args.compare, colorize=partial(
-            colorize_anyway, net, size=args.size, saturation=args.saturation)),
-        estimate=partial(estimate_memory, net=net, size=args.size))
+        run_job,
+        results=results,
+        memory=Memory(free_memory(torch.device('cpu'))),
+        draw=partial(
+            draw_result,
+            compare=args.compare,
+            colorize=partial(colorize_anyway, net, size=args.size, saturation=args.saturation),
+        ),
+        estimate=partial(estimate_memory, net=net, size=args.size),
+    )
     start = time.perf_counter()
     try:
         run_in_threads(function, group_by_target(jobs), args.num_workers, 'colorizing')
     except Stopped as stop:
         done = sum(job.is_done for job in jobs)
-        print(f'predict.py: stopped; {done} of {len(jobs)} photos are done, in {args.output}',
-              file=sys.stderr)
+        print(
+            f'predict.py: stopped; {done} of {len(jobs)} photos are done, in {args.output}',
+            file=sys.stderr,
+        )
         return 128 + stop.signum
     report(refused + jobs, args.output, time.perf_counter() - start)
     return 0 if all(job.is_done for job in refused + jobs) else 1

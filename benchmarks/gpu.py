@@ -9,6 +9,7 @@
 
 Each part runs on a CPU, too.
 """
+
 import os
 import platform
 import sys
@@ -37,14 +38,20 @@ from utils.device import Precision, choose_device, describe_device, free_memory 
 def device(args):
     """Print the device and the versions."""
     here = choose_device('auto')
-    rows = [['device', describe_device(here)], ['date', time.strftime('%Y-%m-%d %H:%M')],
-            ['memory free', f'{free_memory(here) / 1e9:.1f} GB'],
-            ['processors', f'{os.cpu_count()} × {platform.machine()}'],
-            ['Python', platform.python_version()], ['torch', torch.__version__],
-            ['precision', Precision('auto', here).name]]
+    rows = [
+        ['device', describe_device(here)],
+        ['date', time.strftime('%Y-%m-%d %H:%M')],
+        ['memory free', f'{free_memory(here) / 1e9:.1f} GB'],
+        ['processors', f'{os.cpu_count()} × {platform.machine()}'],
+        ['Python', platform.python_version()],
+        ['torch', torch.__version__],
+        ['precision', Precision('auto', here).name],
+    ]
     if here.type == 'cuda':
-        rows += [['compute capability', '{}.{}'.format(*torch.cuda.get_device_capability(here))],
-                 ['CUDA, cuDNN', f'{torch.version.cuda}, {torch.backends.cudnn.version()}']]
+        rows += [
+            ['compute capability', '{}.{}'.format(*torch.cuda.get_device_capability(here))],
+            ['CUDA, cuDNN', f'{torch.version.cuda}, {torch.backends.cudnn.version()}'],
+        ]
     table('', rows)
 
 
@@ -60,12 +67,27 @@ def upsampling(args):
             for module in nn.Upsample(scale_factor=2, mode='bilinear'), MatmulUpsample(size):
                 y = module.to(here, dtype)(x)
                 gradient = torch.ones_like(y)
-                cells.append(1e3 * seconds_of(lambda y=y, x=x, gradient=gradient: (
-                    torch.autograd.grad(y, x, gradient, retain_graph=True)), here))
-            rows.append([str(dtype), f'{channels} × {size}²', *(f'{ms:.2f}' for ms in cells),
-                         f'{cells[0] / cells[1]:.2f}×'])
-    table(f'backward pass of the upsampling in ms, batch {args.batch_size}: torch, matrix products',
-          rows)
+                cells.append(
+                    1e3
+                    * seconds_of(
+                        lambda y=y, x=x, gradient=gradient: torch.autograd.grad(
+                            y, x, gradient, retain_graph=True
+                        ),
+                        here,
+                    )
+                )
+            rows.append(
+                [
+                    str(dtype),
+                    f'{channels} × {size}²',
+                    *(f'{ms:.2f}' for ms in cells),
+                    f'{cells[0] / cells[1]:.2f}×',
+                ]
+            )
+    table(
+        f'backward pass of the upsampling in ms, batch {args.batch_size}: torch, matrix products',
+        rows,
+    )
 
 
 def profile(args):
@@ -81,8 +103,10 @@ def profile(args):
             torch.cuda.synchronize()
     events = recorded.key_averages()
     launches = sum(event.count for event in events if 'LaunchKernel' in event.key) / steps
-    print(f'a step takes {1e3 * seconds:.2f} ms without the profiler, and launches {launches:g} '
-          f'kernels; of {steps} steps with it:')
+    print(
+        f'a step takes {1e3 * seconds:.2f} ms without the profiler, and launches {launches:g} '
+        f'kernels; of {steps} steps with it:'
+    )
     by = 'self_cuda_time_total' if here.type == 'cuda' else 'self_cpu_time_total'
     print(events.table(sort_by=by, row_limit=20, max_name_column_width=60))
 
@@ -102,22 +126,42 @@ def epoch(args):
                 torch.cuda.synchronize()
             seconds[name] = time.perf_counter() - start
             return result
+
         setattr(home, name, call)
 
-    for home, name in ((colorize, 'train_epoch'), (colorize, 'evaluate'),
-                       (RunFolder, 'save_weights'), (tensorboard, 'log_epoch'), (State, 'save')):
+    for home, name in (
+        (colorize, 'train_epoch'),
+        (colorize, 'evaluate'),
+        (RunFolder, 'save_weights'),
+        (tensorboard, 'log_epoch'),
+        (State, 'save'),
+    ):
         timed(home, name)
     data = Path(args.data_path).absolute()
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
-        code = colorize.main([
-            '--data_path', str(data), '--image_size', str(args.image_size), '--batch_size',
-            str(args.batch_size), '--epochs', '3', '--val_fraction', '0.2', '--precision',
-            args.precision])
+        code = colorize.main(
+            [
+                '--data_path',
+                str(data),
+                '--image_size',
+                str(args.image_size),
+                '--batch_size',
+                str(args.batch_size),
+                '--epochs',
+                '3',
+                '--val_fraction',
+                '0.2',
+                '--precision',
+                args.precision,
+            ]
+        )
         os.chdir(HERE)
     if not code:
-        table(f'seconds of an epoch of {len(list_photos(data))} photos, a fifth of them held out',
-              [[name, f'{value:.3f}'] for name, value in seconds.items()])
+        table(
+            f'seconds of an epoch of {len(list_photos(data))} photos, a fifth of them held out',
+            [[name, f'{value:.3f}'] for name, value in seconds.items()],
+        )
     return code
 
 
@@ -145,8 +189,9 @@ def split(args):
     print(len(names), 'photos')
 
 
-PARTS = dict(device=device, upsampling=upsampling, profile=profile, epoch=epoch, empty=empty,
-             split=split)
+PARTS = dict(
+    device=device, upsampling=upsampling, profile=profile, epoch=epoch, empty=empty, split=split
+)
 
 
 def main():

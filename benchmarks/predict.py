@@ -6,6 +6,7 @@ The two take turns. For each: photos/s of the colorizing (the median of the roun
 processor time, peak memory. Then how far apart their results are, in gray levels: of luminance and
 of chroma. Without --against, the bytes of the results with 1, 2 and 4 workers are compared.
 """
+
 import argparse
 import filecmp
 import os
@@ -27,8 +28,18 @@ HERE = Path(__file__).parent.parent
 
 def colorize(home, args, output, *flags):
     """Return (photos/s, seconds of processor time, peak memory in GB) of one call."""
-    words = [sys.executable, home / 'predict.py', args.data_path, '--weights', args.weights,
-             '--size', args.size, '--output', output, *flags]
+    words = [
+        sys.executable,
+        home / 'predict.py',
+        args.data_path,
+        '--weights',
+        args.weights,
+        '--size',
+        args.size,
+        '--output',
+        output,
+        *flags,
+    ]
     log = Path(f'{output}.log')
     with open(log, 'w') as file:
         child = subprocess.Popen(list(map(str, words)), stdout=file)
@@ -36,28 +47,33 @@ def colorize(home, args, output, *flags):
     if status:
         raise SystemExit(f'{home}/predict.py failed')
     speed = float(re.search(r'\(([\d.]+) photos/s\)', log.read_text())[1])
-    return speed, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2 ** 20
+    return speed, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def compare(old, new):
     """Print the differences between the results in two folders."""
     luminance, chroma, far, pixels = 0, 0, 0, 0
     for name in list_photos(old):
-        planes = zip(*(Image.open(folder / name).convert('YCbCr').split() for folder in (old, new)),
-                     strict=True)
+        planes = zip(
+            *(Image.open(folder / name).convert('YCbCr').split() for folder in (old, new)),
+            strict=True,
+        )
         y, *colors = (ImageChops.difference(*pair) for pair in planes)
         luminance = max(luminance, y.getextrema()[1])
         for difference in colors:
             counts = difference.histogram()
             pixels, far = pixels + sum(counts), far + sum(counts[2:])
             chroma = max(chroma, difference.getextrema()[1])
-    print(f'luminance: at most {luminance} apart; chroma: at most {chroma}, '
-          f'{100 * (1 - far / pixels):.3f} % within one level')
+    print(
+        f'luminance: at most {luminance} apart; chroma: at most {chroma}, '
+        f'{100 * (1 - far / pixels):.3f} % within one level'
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--data_path', required=True)
     parser.add_argument('--weights', default='unet.pth')
     parser.add_argument('--against', type=Path)
@@ -71,8 +87,12 @@ def main():
                 figures = colorize(HERE, args, folder / str(workers), '--num_workers', workers)
                 show(f'{workers} workers', [figures])
             names = list_photos(folder / '1')
-            same = [name for name in names for other in '24'
-                    if filecmp.cmp(folder / '1' / name, folder / other / name, shallow=False)]
+            same = [
+                name
+                for name in names
+                for other in '24'
+                if filecmp.cmp(folder / '1' / name, folder / other / name, shallow=False)
+            ]
             print(f'{len(same)} of {2 * len(names)} results are the same as with 1 worker')
             return
         figures = {'earlier': [], 'this': []}

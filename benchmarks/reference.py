@@ -7,6 +7,7 @@ to color) by four workers of a DataLoader, the loss fetched at every step, Adam 
 The last line of the output is JSON: the photos, the seconds and the mean loss of each epoch, and
 with --val_path the PSNR that was reached on those photos.
 """
+
 import argparse
 import json
 import time
@@ -20,17 +21,23 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 # ---------------------------------------------------------------------------- photos
 
+
 class GrayColorPhotos(Dataset):
     """Items (gray, color) of the photos below a folder, all or the first `limit`."""
 
     def __init__(self, root, size, limit=None):
-        self.paths = sorted(path for path in Path(root).rglob('*')
-                            if path.suffix.lower() in IMG_EXTENSIONS)[:limit]
-        self.to_color = transforms.Compose([
-            transforms.Resize((size, size)), transforms.ToTensor()])
-        self.to_gray = transforms.Compose([
-            transforms.Resize((size, size)), transforms.Grayscale(), transforms.ToTensor(),
-            transforms.Normalize(mean=[0.5], std=[0.5])])
+        self.paths = sorted(
+            path for path in Path(root).rglob('*') if path.suffix.lower() in IMG_EXTENSIONS
+        )[:limit]
+        self.to_color = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
+        self.to_gray = transforms.Compose(
+            [
+                transforms.Resize((size, size)),
+                transforms.Grayscale(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean=[0.5], std=[0.5]),
+            ]
+        )
 
     def __len__(self):
         return len(self.paths)
@@ -41,6 +48,7 @@ class GrayColorPhotos(Dataset):
 
 
 # ---------------------------------------------------------------------------- network
+
 
 def double_conv(in_channels, out_channels):
     layers = []
@@ -96,6 +104,7 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------------------- training
 
+
 def train_epoch(net, optimizer, loader, device):
     """Train for one epoch; return its seconds, and the mean of the batches' losses."""
     start, total = time.perf_counter(), 0.0
@@ -120,8 +129,9 @@ def mean_psnr(net, loader, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--data_path', default='data/landscapes', help='photos [%(default)s]')
     parser.add_argument('--val_path', help='photos to measure the PSNR on')
     parser.add_argument('--image_size', type=int, default=224, help='[%(default)s]')
@@ -135,8 +145,7 @@ def main():
     torch.manual_seed(0)
     photos = GrayColorPhotos(args.data_path, args.image_size, args.limit)
     if not photos.paths:
-        parser.exit(2, f'reference.py: no photos in {args.data_path}; name some with '
-                       '--data_path\n')
+        parser.exit(2, f'reference.py: no photos in {args.data_path}; name some with --data_path\n')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     loader = DataLoader(photos, args.batch_size, shuffle=True, num_workers=args.num_workers)
     net = UNet().to(device)
@@ -145,8 +154,11 @@ def main():
     for _ in range(args.epochs):
         report['epochs'].append(train_epoch(net, optimizer, loader, device))
     if args.val_path:
-        held_out = DataLoader(GrayColorPhotos(args.val_path, args.image_size), args.batch_size,
-                              num_workers=args.num_workers)
+        held_out = DataLoader(
+            GrayColorPhotos(args.val_path, args.image_size),
+            args.batch_size,
+            num_workers=args.num_workers,
+        )
         report['val_psnr'] = mean_psnr(net, held_out, device)
     print(json.dumps(report))
 

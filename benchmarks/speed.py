@@ -11,6 +11,7 @@ The plain script is benchmarks/reference.py, or any other that takes its flags a
 of JSON. With --photos N, N photos of 256×256 are cut from PHOTOS first. Each measurement runs in a
 process of its own; one that fails is a row that says so.
 """
+
 import json
 import os
 import re
@@ -54,7 +55,7 @@ from utils.device import (  # noqa: E402
 )
 
 MULTIPLY_ADDS = 8.1e9  # of one 224×224 photo, forward; three times that with the backward pass
-BYTES = 0.4e9          # its bfloat16 activations, each written and read once, forward and backward
+BYTES = 0.4e9  # its bfloat16 activations, each written and read once, forward and backward
 MODES = {'eager': None, 'compiled': {}, 'CUDA-graphs': dict(mode='reduce-overhead')}
 
 
@@ -72,13 +73,15 @@ def table(title, rows):
 
 def json_of(*command, **kwargs):
     """Run a command, and return what the JSON in its last line says. Raises MeasurementFailed."""
-    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True,
-                          **kwargs)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, **kwargs
+    )
     try:
         result = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        raise MeasurementFailed(f'{Path(command[0]).name} failed: exit code '
-                                f'{done.returncode}') from None
+        raise MeasurementFailed(
+            f'{Path(command[0]).name} failed: exit code {done.returncode}'
+        ) from None
     if 'error' in result:
         raise MeasurementFailed(result['error'])
     return result
@@ -89,8 +92,9 @@ def reference(args, *flags):
     for name in 'limit', 'image_size':
         if value := getattr(args, name):
             flags += f'--{name}', value
-    return json_of(args.reference, '--data_path', args.data_path, '--batch_size', args.batch_size,
-                   *flags)
+    return json_of(
+        args.reference, '--data_path', args.data_path, '--batch_size', args.batch_size, *flags
+    )
 
 
 def measure(part, args, **more):
@@ -141,6 +145,7 @@ def new_network(args, device):
 
 # ---------------------------------------------------------------------------- training
 
+
 def measure_training(args):
     """Seconds to read the photos and of each epoch; the held-out PSNR after it, where asked."""
     keep_freed_memory()
@@ -165,8 +170,9 @@ def measure_training(args):
             scores.append(metrics['PSNR/prediction'])
             if args.until and scores[-1] >= args.until:
                 break
-    return dict(read=read, epochs=epochs, photos=len(photos.photos), scores=scores,
-                peak=peak_mb(device))
+    return dict(
+        read=read, epochs=epochs, photos=len(photos.photos), scores=scores, peak=peak_mb(device)
+    )
 
 
 def training(args):
@@ -182,10 +188,12 @@ def training(args):
         seconds = own['epochs'][1:] if gpu else [own['read'] + own['epochs'][0]]
         rates['this project'].append(own['photos'] * len(seconds) / sum(seconds))
     a, b = (median(rate) for rate in rates.values())
-    table(f'training, photos/s, batch {args.batch_size}, {square(args)}, {own["photos"]} photos, '
-          f'{args.mode}',
-          [[name, *(f'{rate:.2f}' for rate in row)] for name, row in rates.items()]
-          + [['ratio of the medians', f'{b / a:.1f}×'], ['peak', mb(own['peak'])]])
+    table(
+        f'training, photos/s, batch {args.batch_size}, {square(args)}, {own["photos"]} photos, '
+        f'{args.mode}',
+        [[name, *(f'{rate:.2f}' for rate in row)] for name, row in rates.items()]
+        + [['ratio of the medians', f'{b / a:.1f}×'], ['peak', mb(own['peak'])]],
+    )
 
 
 def quality(args):
@@ -198,10 +206,14 @@ def quality(args):
     start = time.perf_counter()
     own = measure('training', args, until=goal, epochs=10 * args.epochs)
     seconds, best = time.perf_counter() - start, max(own['scores'])
-    table(f'seconds until a held-out PSNR of {goal:.2f} dB', [
-        ['reference', f'{whole:.0f}', f'{args.epochs} epochs'],
-        ['this project', f'{seconds:.0f}', f'{len(own["scores"])} epochs', f'{best:.2f} dB'],
-        ['ratio', f'1/{whole / seconds:.1f}' if best >= goal else 'not reached']])
+    table(
+        f'seconds until a held-out PSNR of {goal:.2f} dB',
+        [
+            ['reference', f'{whole:.0f}', f'{args.epochs} epochs'],
+            ['this project', f'{seconds:.0f}', f'{len(own["scores"])} epochs', f'{best:.2f} dB'],
+            ['ratio', f'1/{whole / seconds:.1f}' if best >= goal else 'not reached'],
+        ],
+    )
 
 
 def square(args):
@@ -209,6 +221,7 @@ def square(args):
 
 
 # ---------------------------------------------------------------------------- decoding
+
 
 def decoding(args):
     """Photos per second on one core: an epoch of the course's loader, and the one reading here."""
@@ -220,28 +233,41 @@ def decoding(args):
         for n, name in enumerate(names[:6]):
             photo = ImageOps.fit(load_photo(os.path.join(args.data_path, name)), (4000, 3000))
             photo.save(f'{folder}/{n}.jpg', quality=90)
-        for title, root, limit in (('as they are', args.data_path, args.limit),
-                                   ('12-megapixel JPEGs', folder, args.limit)):
+        for title, root, limit in (
+            ('as they are', args.data_path, args.limit),
+            ('12-megapixel JPEGs', folder, args.limit),
+        ):
             rates = [], []
             loader = get_colorized_dataset_loader(root, batch_size=args.batch_size)
             loader.dataset.samples = loader.dataset.samples[:limit]
             loader.dataset.loader = default_loader  # torchvision's, as in the course
             for _ in range(args.repeat):
-                for rate, read in zip(rates, (
+                for rate, read in zip(
+                    rates,
+                    (
                         lambda loader=loader: deque(loader, maxlen=0),
                         lambda root=root, limit=limit: photos_in_memory(
-                            SimpleNamespace(image_size=224, num_workers=1), root, 'cpu', limit)),
-                        strict=True):
+                            SimpleNamespace(image_size=224, num_workers=1), root, 'cpu', limit
+                        ),
+                    ),
+                    strict=True,
+                ):
                     start = time.perf_counter()
                     read()
                     rate.append(len(loader.dataset) / (time.perf_counter() - start))
             a, b = map(median, rates)
-            table(f'decoding, photos/s on one core, {len(loader.dataset)} photos {title}',
-                  [['reference pipeline', f'{a:.1f}'], ['this project', f'{b:.1f}'],
-                   ['ratio', f'{b / a:.1f}×']])
+            table(
+                f'decoding, photos/s on one core, {len(loader.dataset)} photos {title}',
+                [
+                    ['reference pipeline', f'{a:.1f}'],
+                    ['this project', f'{b:.1f}'],
+                    ['ratio', f'{b / a:.1f}×'],
+                ],
+            )
 
 
 # ---------------------------------------------------------------------------- network
+
 
 def seconds_of(act, device, repeat=5):
     """The median time of `act`, after a warm-up, the device's queue emptied."""
@@ -259,12 +285,16 @@ def measure_floor(args):
     """Copies in GB/s, matrix products in TFLOP/s, and the photos/s that no training step beats."""
     device = choose_device('auto')
     precision = Precision(args.precision, device).name
-    side, size = (8192, 2 ** 30) if device.type == 'cuda' else (1024, 2 ** 27)
-    matrix = torch.randn(side, side, device=device, dtype=dict(
-        bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision])
+    side, size = (8192, 2**30) if device.type == 'cuda' else (1024, 2**27)
+    matrix = torch.randn(
+        side,
+        side,
+        device=device,
+        dtype=dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision],
+    )
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    flops = 2 * side ** 3 / seconds_of(lambda: matrix @ matrix, device)
+    flops = 2 * side**3 / seconds_of(lambda: matrix @ matrix, device)
     rate = 2 * size / seconds_of(lambda: target.copy_(source), device)
     pixels = (args.image_size / 224) ** 2
     wide = 2 if precision == 'fp32' else 1
@@ -294,23 +324,32 @@ def network(args):
     """Each way of computing, with each batch size, against the floor."""
     gpu = torch.cuda.is_available()
     floor = measure('floor', args)
-    rows = [['copy', f'{floor["copy"]:.0f} GB/s'],
-            ['matrix product', f'{floor["matrix"]:.2f} TFLOP/s'],
-            ['floor', f'{floor["floor"]:.1f} photos/s']]
+    rows = [
+        ['copy', f'{floor["copy"]:.0f} GB/s'],
+        ['matrix product', f'{floor["matrix"]:.2f} TFLOP/s'],
+        ['floor', f'{floor["floor"]:.1f} photos/s'],
+    ]
     for mode in args.modes or (MODES if gpu else ['eager']):
         for size in args.batch_sizes or ((16, 32, 64, 128, 256) if gpu else (8, 32)):
             try:
                 own = measure('network', args, mode=mode, batch_size=size)
-                cells = [f'{own["rate"]:.1f} photos/s', f'{own["rate"] / floor["floor"]:.0%}',
-                         mb(own['peak'])]
+                cells = [
+                    f'{own["rate"]:.1f} photos/s',
+                    f'{own["rate"] / floor["floor"]:.0%}',
+                    mb(own['peak']),
+                ]
             except MeasurementFailed as failure:
                 cells = [str(failure)]
             rows.append([f'{mode}, batch {size}', *cells])
-    table(f'training steps, {square(args)}, {floor["precision"]}, upsampling by {args.upsample}, '
-          'and the part of the floor that they reach', rows)
+    table(
+        f'training steps, {square(args)}, {floor["precision"]}, upsampling by {args.upsample}, '
+        'and the part of the floor that they reach',
+        rows,
+    )
 
 
 # ---------------------------------------------------------------------------- start
+
 
 def measure_start(args):
     """Seconds of each part until the first step is done."""
@@ -320,24 +359,31 @@ def measure_start(args):
     device = choose_device('auto')
     photos = photos_in_memory(args, args.data_path, device, args.limit)
     read = time.perf_counter()
-    first = range(len(photos.photos))[:args.batch_size]
+    first = range(len(photos.photos))[: args.batch_size]
     loader = PhotoLoader(photos, first, args.batch_size, device)
     net, optimizer = new_network(args, device)
     colorize.train_epoch(net, optimizer, loader, Progress(), Precision(args.precision, device))
-    return dict(imports=imported, reading=read - begun, first_step=time.perf_counter() - read,
-                peak=peak_mb(device))
+    return dict(
+        imports=imported,
+        reading=read - begun,
+        first_step=time.perf_counter() - read,
+        peak=peak_mb(device),
+    )
 
 
 def start(args):
     """Where the first seconds go, and the memory."""
     own = measure('start', args)
     peak = own.pop('peak')
-    table('seconds until the first training step is done',
-          [[name.replace('_', ' '), f'{seconds:.1f}'] for name, seconds in own.items()]
-          + [['together', f'{sum(own.values()):.1f}'], ['peak', mb(peak)]])
+    table(
+        'seconds until the first training step is done',
+        [[name.replace('_', ' '), f'{seconds:.1f}'] for name, seconds in own.items()]
+        + [['together', f'{sum(own.values()):.1f}'], ['peak', mb(peak)]],
+    )
 
 
 # ---------------------------------------------------------------------------- processes
+
 
 def processes(args):
     """Photos per second in the second epoch of one process, and of two with as much each."""
@@ -346,27 +392,53 @@ def processes(args):
         for count, name in enumerate(rates, 1):
             with tempfile.TemporaryDirectory() as home:
                 done = subprocess.run(
-                    [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                     f'--nproc_per_node={count}', colorize.__file__, '--val_fraction', '0',
-                     '--data_path', Path(args.data_path).absolute(), '--epochs', '2',
-                     '--image_size', str(args.image_size), '--batch_size', str(args.batch_size)],
-                    cwd=home, stdout=subprocess.PIPE, text=True,
-                    env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                    [
+                        sys.executable,
+                        '-m',
+                        'torch.distributed.run',
+                        '--standalone',
+                        f'--nproc_per_node={count}',
+                        colorize.__file__,
+                        '--val_fraction',
+                        '0',
+                        '--data_path',
+                        Path(args.data_path).absolute(),
+                        '--epochs',
+                        '2',
+                        '--image_size',
+                        str(args.image_size),
+                        '--batch_size',
+                        str(args.batch_size),
+                    ],
+                    cwd=home,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                )
             if done.returncode:
                 raise MeasurementFailed(f'{name} failed: exit code {done.returncode}')
             rates[name].append(float(re.findall(r'([0-9.]+) photos/s', done.stdout)[-1]))
     one, two = (median(rate) for rate in rates.values())
-    table(f'training, photos/s, batch {args.batch_size} over all processes, {square(args)}',
-          [[name, *row] for name, row in rates.items()]
-          + [['ratio of the medians', f'{two / one:.2f}×']])
+    table(
+        f'training, photos/s, batch {args.batch_size} over all processes, {square(args)}',
+        [[name, *row] for name, row in rates.items()]
+        + [['ratio of the medians', f'{two / one:.2f}×']],
+    )
 
 
 # ---------------------------------------------------------------------------- command line
 
-PARTS = dict(training=training, quality=quality, decoding=decoding, network=network, start=start,
-             processes=processes)
-MEASUREMENTS = dict(training=measure_training, floor=measure_floor, network=measure_network,
-                    start=measure_start)
+PARTS = dict(
+    training=training,
+    quality=quality,
+    decoding=decoding,
+    network=network,
+    start=start,
+    processes=processes,
+)
+MEASUREMENTS = dict(
+    training=measure_training, floor=measure_floor, network=measure_network, start=measure_start
+)
 
 
 def cut(source, count, folder):
@@ -393,15 +465,23 @@ def parse_args(argv):
     add('--limit', type=int, help='use the first LIMIT photos only')
     add('--image_size', type=cli.multiple_of_8, default=224, help='[%(default)s]')
     add('--batch_size', type=cli.positive_int, default=32, help='[%(default)s]')
-    add('--epochs', type=cli.positive_int, default=10,
-        help="the reference's, for quality [%(default)s]")
+    add(
+        '--epochs',
+        type=cli.positive_int,
+        default=10,
+        help="the reference's, for quality [%(default)s]",
+    )
     add('--repeat', type=cli.positive_int, default=3, help='[%(default)s]')
     add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto')
     add('--mode', choices=MODES, default='eager', help='how training computes [%(default)s]')
     add('--modes', choices=MODES, nargs='+', help='for network [all on a GPU]')
     add('--batch_sizes', type=cli.positive_int, nargs='+', help='for network')
-    add('--upsample', choices=('interpolate', 'matmul'), default='interpolate',
-        help="torch's own, or as two matrix products [%(default)s]")
+    add(
+        '--upsample',
+        choices=('interpolate', 'matmul'),
+        default='interpolate',
+        help="torch's own, or as two matrix products [%(default)s]",
+    )
     args = parser.parse_args(argv)
     if not args.part:
         parser.print_help()
@@ -416,10 +496,14 @@ def main():
         return 0
     args = parse_args(None)
     # not choose_device: measurements need all of the GPU's memory
-    device = describe_device(torch.device('cuda', 0) if torch.cuda.is_available() else
-                             choose_device('auto'))
-    print(f'{time.strftime("%Y-%m-%d")}, {device}, torch {torch.__version__}: '
-          f'python {" ".join(sys.argv)}', flush=True)
+    device = describe_device(
+        torch.device('cuda', 0) if torch.cuda.is_available() else choose_device('auto')
+    )
+    print(
+        f'{time.strftime("%Y-%m-%d")}, {device}, torch {torch.__version__}: '
+        f'python {" ".join(sys.argv)}',
+        flush=True,
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             if args.part != 'network':

@@ -6,6 +6,7 @@ order. Two matrix products need none. Only a measurement on a GPU can tell wheth
     python benchmarks/gpu.py upsampling
     python benchmarks/speed.py network --upsample matmul
 """
+
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
@@ -30,7 +31,10 @@ class MatmulUpsample(nn.Module):
 
 def use_matmul(net, image_size):
     """Replace the upsampling in a UNet for photos of `image_size` pixels square; return it."""
-    for block, factor in ((net.upsample_block_3, 8), (net.upsample_block_2, 4),
-                          (net.upsample_block_1, 2)):
+    for block, factor in (
+        (net.upsample_block_3, 8),
+        (net.upsample_block_2, 4),
+        (net.upsample_block_1, 2),
+    ):
         block.upsample = MatmulUpsample(image_size // factor)
     return net

@@ -6,6 +6,7 @@
 The pages are as a newcomer gets them by following the README: nothing is clicked, but that the
 graph is opened by its double click.
 """
+
 import argparse
 import shutil
 import subprocess
@@ -64,8 +65,9 @@ def tensorboard_pages(home, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--run', type=Path, help='the folder of a finished demo; else one is made')
     parser.add_argument('--output', type=Path, default=ROOT / 'docs')
     args = parser.parse_args()

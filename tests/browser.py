@@ -1,4 +1,5 @@
 """TensorBoard, and its page as headless Chromium shows it."""
+
 import contextlib
 import importlib.util
 import io
@@ -17,12 +18,16 @@ from PIL import Image, ImageChops
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 # playwright itself adds what keeps Chromium from calling home; these keep it on this machine
-ALONE = ['--disable-gpu', '--no-proxy-server',
-         '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1']
+ALONE = [
+    '--disable-gpu',
+    '--no-proxy-server',
+    '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1',
+]
 
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and importlib.util.find_spec('playwright')),
-    reason='Chromium or playwright is not on this machine')
+    reason='Chromium or playwright is not on this machine',
+)
 
 
 def until(see, wanted, seconds=30):
@@ -42,8 +47,9 @@ def free_port():
 def started(words, log, **kwargs):
     """A program in the background, until the end of the `with`; it writes into the file `log`."""
     with open(log, 'w') as file:
-        program = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT,
-                                   start_new_session=True, **kwargs)
+        program = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **kwargs
+        )
     try:
         yield program
     finally:
@@ -67,10 +73,12 @@ def browser(height=3000):
     It is so tall that all of TensorBoard's cards are in sight: others are not drawn.
     """
     from playwright.sync_api import sync_playwright
+
     # not pytest's folder: its long name is too long for Chromium's sockets
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, sync_playwright() as run:
-        chromium = run.chromium.launch(executable_path=CHROMIUM, args=ALONE,
-                                       env=os.environ | dict(HOME=home, TMPDIR=home))
+        chromium = run.chromium.launch(
+            executable_path=CHROMIUM, args=ALONE, env=os.environ | dict(HOME=home, TMPDIR=home)
+        )
         try:
             yield chromium.new_page(viewport=dict(width=1200, height=height))
         finally:
@@ -80,6 +88,7 @@ def browser(height=3000):
 def open_tab(page, url, tab, sight):
     """Opens a tab of TensorBoard at `url`, again until `sight` is there to be seen."""
     from playwright.sync_api import TimeoutError
+
     for last in False, False, True:  # it may not have read the run yet
         page.goto('about:blank')
         page.goto(f'{url}/#{tab}')
@@ -105,8 +114,11 @@ def scalars(page, url, epochs):
     points = 'lines => Math.max(0, ...lines.map(line => line.getAttribute("d").split("L").length))'
 
     def charts():
-        return {card.evaluate('card => card.tag'): card.locator('path.line').evaluate_all(points)
-                for card in page.locator('tf-scalar-card').all()}
+        return {
+            card.evaluate('card => card.tag'): card.locator('path.line').evaluate_all(points)
+            for card in page.locator('tf-scalar-card').all()
+        }
+
     return until(charts, dict.fromkeys(TAGS, epochs))
 
 
@@ -116,8 +128,11 @@ def images(page, url):
     show_all(page)
 
     def cards():
-        return {card.evaluate('card => card.tag'): card for card in
-                page.locator('tf-image-loader', has=page.locator('img')).all()}
+        return {
+            card.evaluate('card => card.tag'): card
+            for card in page.locator('tf-image-loader', has=page.locator('img')).all()
+        }
+
     until(lambda: cards().keys(), IMAGES)
     seen = {}
     for tag, card in cards().items():
@@ -136,7 +151,8 @@ def graph(page, url):
     page.locator('g.node[data-name="UNet"]').dblclick()
     page.wait_for_selector('g.node[data-name^="UNet/"]')
     names = page.locator('g.node.meta[data-name^="UNet/"]').evaluate_all(
-        'nodes => nodes.map(node => node.dataset.name)')
+        'nodes => nodes.map(node => node.dataset.name)'
+    )
     return {re.fullmatch(r'UNet/\w+\[(\w+)\]', name)[1] for name in names}
 
 
@@ -148,7 +164,10 @@ def settings(page, url):
     def cells():
         cells = page.locator('vaadin-grid-cell-content').evaluate_all(text)
         return [cell for cell in cells if cell not in ('', 'Show Metrics')]
+
     until(lambda: 'UNet' in cells(), True)
     half = len(cells()) // 2
-    return (set(page.locator('.hparam-checkbox').evaluate_all(text)),
-            dict(zip(cells()[:half], cells()[half:], strict=True)))
+    return (
+        set(page.locator('.hparam-checkbox').evaluate_all(text)),
+        dict(zip(cells()[:half], cells()[half:], strict=True)),
+    )

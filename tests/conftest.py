@@ -1,4 +1,5 @@
 """Drawings for photos, and the programs run as a user runs them."""
+
 import os
 import subprocess
 import sys
@@ -25,12 +26,20 @@ def drawings(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path):
     """run('colorize.py', flags...) in a folder of the test's own: what it printed."""
+
     def run(script, *words, cwd=tmp_path, code=0, **kwargs):
-        done = subprocess.run([sys.executable, ROOT / script, *map(str, words)], cwd=cwd,
-                              capture_output=True, text=True, timeout=300, **kwargs)
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *map(str, words)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **kwargs,
+        )
         assert done.returncode == code, done.stdout + done.stderr
         assert 'Traceback' not in done.stderr, done.stderr
         return done
+
     return run
 
 
@@ -49,4 +58,5 @@ def train(drawings, tmp_path, monkeypatch, capfd):
         printed = capfd.readouterr()
         assert ended == code and 'Traceback' not in printed.err, printed
         return printed
+
     return train

@@ -17,8 +17,8 @@ def damaged(data, rng):
         for i in range(start, min(len(copy), start + rng.randint(1, 64))):
             copy[i] ^= rng.randint(1, 255)
     elif kind == 'truncation':
-        del copy[rng.randrange(len(copy)):]
+        del copy[rng.randrange(len(copy)) :]
     else:
         start = rng.randrange(len(copy))
-        del copy[start:start + rng.randint(1, 64)]
+        del copy[start : start + rng.randint(1, 64)]
     return bytes(copy)

@@ -7,6 +7,7 @@
 `--weights` are damaged weights and checkpoints; `--archives` are damaged downloads. Each of them
 must be taken or refused in words, within ten seconds. The seed decides the damage.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -45,14 +46,20 @@ from utils.cli import UsageError  # noqa: E402
 from utils.device import Precision  # noqa: E402
 
 SECONDS = 10  # for each file
-FORMATS = {'jpg': dict(format='JPEG'), 'progressive.jpg': dict(format='JPEG', progressive=True),
-           'png': dict(format='PNG'), 'webp': dict(format='WEBP'),
-           'tif': dict(format='TIFF', compression='tiff_lzw'), 'raw.tif': dict(format='TIFF'),
-           'gif': dict(format='GIF')}
+FORMATS = {
+    'jpg': dict(format='JPEG'),
+    'progressive.jpg': dict(format='JPEG', progressive=True),
+    'png': dict(format='PNG'),
+    'webp': dict(format='WEBP'),
+    'tif': dict(format='TIFF', compression='tiff_lzw'),
+    'raw.tif': dict(format='TIFF'),
+    'gif': dict(format='GIF'),
+}
 TAKEN, REFUSED = 'taken', 'refused'  # all other outcomes are faults
 
 
 # ---------------------------------------------------------------------------- a child, watched
+
 
 def watch(check, number):
     """Yield the outcomes of check(0), check(1), …: what it returned, or how its process ended."""
@@ -105,6 +112,7 @@ def tell(check, item, folder):
 
 # ---------------------------------------------------------------------------- photos
 
+
 def check_photo(sources, seed, item, folder):
     """Train on a damaged photo, and colorize it."""
     rng = random.Random(f'{seed} photo {item}')
@@ -115,8 +123,19 @@ def check_photo(sources, seed, item, folder):
     try:
         photo, reason = PhotoFolder(photos, 32).try_item(0)
         assert reason or photo.shape == (32, 32, 3) and photo.dtype == torch.uint8
-        code = predict.main([str(path), '--output', str(output), '--size', '32', '--device', 'cpu',
-                             '--weights', str(folder / 'unet.pth')])
+        code = predict.main(
+            [
+                str(path),
+                '--output',
+                str(output),
+                '--size',
+                '32',
+                '--device',
+                'cpu',
+                '--weights',
+                str(folder / 'unet.pth'),
+            ]
+        )
         assert code in (0, 1), code
         return REFUSED if code else TAKEN
     finally:
@@ -135,6 +154,7 @@ def encode_photos(photo):
 
 
 # ---------------------------------------------------------------------------- weights
+
 
 def check_weights(sources, seed, item, folder):
     """Colorize with damaged weights, or train on from a damaged checkpoint."""
@@ -155,8 +175,9 @@ def damage_pickle(data, rng):
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(content, 'w') as new:
         for member in old.infolist():
             part = old.read(member)
-            new.writestr(member.filename,
-                         damaged(part, rng) if member.filename.endswith('.pkl') else part)
+            new.writestr(
+                member.filename, damaged(part, rng) if member.filename.endswith('.pkl') else part
+            )
     return content.getvalue()
 
 
@@ -164,8 +185,19 @@ def colorize_with(path, folder):
     """Colorize a photo with the weights at `path`."""
     output = folder / 'colorized'
     try:
-        code = predict.main([str(folder / 'drawing.png'), '--output', str(output), '--size', '32',
-                             '--device', 'cpu', '--weights', str(path)])
+        code = predict.main(
+            [
+                str(folder / 'drawing.png'),
+                '--output',
+                str(output),
+                '--size',
+                '32',
+                '--device',
+                'cpu',
+                '--weights',
+                str(path),
+            ]
+        )
         assert code in (0, 1, 2), code
         return REFUSED if code else TAKEN
     finally:
@@ -191,8 +223,7 @@ def resume(path, _):
 
 def new_settings():
     args = colorize.parse_args([])
-    return ({name: getattr(args, name) for name in colorize.SETTINGS}
-            | dict(photos='280 (0123abcd)'))
+    return {name: getattr(args, name) for name in colorize.SETTINGS} | dict(photos='280 (0123abcd)')
 
 
 def new_state():
@@ -208,6 +239,7 @@ def make_a_step(state):
 
 
 # ---------------------------------------------------------------------------- archives
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serve `server.body`, whatever is asked for."""
@@ -230,9 +262,16 @@ def check_archive(server, archive, seed, item, folder):
     shutil.copy(ROOT / 'download_landscapes.sh', project)
     blob_id = hashlib.sha1(b'blob %d\0' % len(server.body) + server.body).hexdigest()
     done = subprocess.run(
-        ['bash', 'download_landscapes.sh'], cwd=project, capture_output=True, text=True,
-        env=os.environ | dict(LANDSCAPES_URL=f'http://127.0.0.1:{server.server_port}/archive.zip',
-                              LANDSCAPES_BLOB_ID=blob_id))
+        ['bash', 'download_landscapes.sh'],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | dict(
+            LANDSCAPES_URL=f'http://127.0.0.1:{server.server_port}/archive.zip',
+            LANDSCAPES_BLOB_ID=blob_id,
+        ),
+    )
     try:
         text = done.stdout + done.stderr
         assert done.returncode in (0, 1, 2) and 'Traceback' not in text, text
@@ -260,10 +299,12 @@ def check_archives(archive, seed, folder):
             servers.append(serving())
             servers.append(servers[0].__enter__())
         return check_archive(servers[1], archive, seed, item, folder)
+
     return partial(tell, check, folder=folder)
 
 
 # ---------------------------------------------------------------------------- the trial
+
 
 def prepare(folder):
     """Write what is not damaged; return the photos, the weights, and an archive, as bytes."""
@@ -286,8 +327,11 @@ def prepare(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name, number in dict(photos=2000, weights=500, archives=300, seed=0).items():
         parser.add_argument(f'--{name}', type=int, default=number)
     args = parser.parse_args()
@@ -299,7 +343,8 @@ def main():
         checks = dict(
             photos=partial(tell, partial(check_photo, photos, args.seed), folder=folder),
             weights=partial(tell, partial(check_weights, weights, args.seed), folder=folder),
-            archives=check_archives(archive, args.seed, folder))
+            archives=check_archives(archive, args.seed, folder),
+        )
         os.chdir(folder)
         for name, check in checks.items():
             counts = Counter()
@@ -308,8 +353,11 @@ def main():
                     print(f'{name} {item}: {outcome}', flush=True)
                     outcome = 'fault'
                 counts[outcome] += 1
-            print(f'{counts.total():5} damaged {name}: {counts[TAKEN]} taken, {counts[REFUSED]} '
-                  f'refused, {counts["fault"]} faults', flush=True)
+            print(
+                f'{counts.total():5} damaged {name}: {counts[TAKEN]} taken, {counts[REFUSED]} '
+                f'refused, {counts["fault"]} faults',
+                flush=True,
+            )
             faults += counts['fault']
     print(f'{faults} faults, in {(time.monotonic() - began) / 60:.1f} minutes')
     return 1 if faults else 0

@@ -1,4 +1,5 @@
 """What the tests share: runs in this process and in others, what they leave, README's commands."""
+
 import os
 import pty
 import re
@@ -23,13 +24,31 @@ from unet import UNet
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, WEIGHTS = 'runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth'
 GAIN = 'Gain over the gray copy (dB)'
-TAGS = {GAIN, "vividness (% of the truth's colorfulness)", 'training loss', 'validation loss',
-        'learning rate', 'photos per second'}
+TAGS = {
+    GAIN,
+    "vividness (% of the truth's colorfulness)",
+    'training loss',
+    'validation loss',
+    'learning rate',
+    'photos per second',
+}
 IMAGES = {'Input', 'Predicted', 'Ground truth', 'Colorized'}
 # a run that takes seconds: of the 56 drawings, 43 are to train on
 EPOCHS, STEPS = 4, 3
-FLAGS = ['--image_size', '32', '--batch_size', '16', '--epochs', f'{EPOCHS}',
-         '--val_fraction', '0.25', '--device', 'cpu', '--num_workers', '1']
+FLAGS = [
+    '--image_size',
+    '32',
+    '--batch_size',
+    '16',
+    '--epochs',
+    f'{EPOCHS}',
+    '--val_fraction',
+    '0.25',
+    '--device',
+    'cpu',
+    '--num_workers',
+    '1',
+]
 SMALL = ' '.join(['--epochs 2', *FLAGS[:4], *FLAGS[6:]])  # in README's commands
 
 ROW = re.compile(rf'(\d)/{EPOCHS} +0\.\d{{5}} .*')  # that such a run prints of an epoch
@@ -40,11 +59,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---------------------------------------------------------------------------- runs in this process
 
+
 def call(folder, *flags, program=colorize):
     """Return the exit code of `colorize.py flags...`, called in this process, in `folder`."""
     words = list(map(str, flags))
-    handlers = {number: signal.getsignal(number)
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     with pytest.MonkeyPatch.context() as patch:
         if folder:
             patch.chdir(folder)
@@ -80,14 +102,14 @@ def signal_after(steps, number=signal.SIGTERM):
 # ---------------------------------------------------------------------------- runs of their own
 
 # colorize.py as it is, but every step that its optimizer makes leaves a byte in a file
-COUNTED = '''
+COUNTED = """
 import runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 steps, *sys.argv = sys.argv[1:]
 steps = open(steps, 'ab', buffering=0)
 register_optimizer_step_post_hook(lambda *_: steps.write(b'.'))
 runpy.run_path(sys.argv[0], run_name='__main__')
-'''
+"""
 
 
 class Training:
@@ -100,11 +122,25 @@ class Training:
         ours, its = pty.openpty()
         termios.tcsetwinsize(its, (25, 100))
         self.process = subprocess.Popen(
-            [sys.executable, '-c', COUNTED, self.steps, ROOT / 'colorize.py',
-             '--data_path', photos, *FLAGS, *flags],
-            cwd=folder, stdin=its, stdout=its, stderr=its, start_new_session=True,
+            [
+                sys.executable,
+                '-c',
+                COUNTED,
+                self.steps,
+                ROOT / 'colorize.py',
+                '--data_path',
+                photos,
+                *FLAGS,
+                *flags,
+            ],
+            cwd=folder,
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            start_new_session=True,
             # small networks only wait for each other's threads
-            env=dict(OMP_NUM_THREADS='1') | os.environ | dict(PYTHONPATH=str(ROOT)))
+            env=dict(OMP_NUM_THREADS='1') | os.environ | dict(PYTHONPATH=str(ROOT)),
+        )
         os.close(its)
         self.reader = threading.Thread(target=self.read, args=[ours], daemon=True)
         self.reader.start()
@@ -154,6 +190,7 @@ class Training:
 
 # each waits for its moment, and tells whether the training still runs
 
+
 def at_any_moment(training, delay, seconds):
     """From the first line on."""
     alive = training.wait_for(lambda: 'logging in' in training.text)
@@ -175,6 +212,7 @@ def after_an_epoch(training, delay, seconds=0.1):
 
 # ---------------------------------------------------------------------------- what a run leaves
 
+
 def events(folder):
     """Return what TensorBoard reads in a run's folder."""
     return EventAccumulator(str(folder), size_guidance=dict(images=0, scalars=0)).Reload()
@@ -191,8 +229,9 @@ def curves(folder):
     Without the speed, which no two runs have in common.
     """
     page = events(folder / 'runs/UNet')
-    return ({tag: series(page, tag) for tag in page.Tags()['scalars'] if tag != 'photos per second'}
-            | {tag: [event.step for event in page.Images(tag)] for tag in page.Tags()['images']})
+    return {
+        tag: series(page, tag) for tag in page.Tags()['scalars'] if tag != 'photos per second'
+    } | {tag: [event.step for event in page.Images(tag)] for tag in page.Tags()['images']}
 
 
 def load(path):
@@ -223,16 +262,26 @@ def unloadable(folder):
 def differences(folder, reference):
     """Return how a run that was stopped differs from one that was not: a list, to be empty."""
     found = unloadable(folder)
-    found += [f'{name} differs' for name in ('unet.pth', WEIGHTS)
-              if (folder / name).read_bytes() != (reference / name).read_bytes()]
+    found += [
+        f'{name} differs'
+        for name in ('unet.pth', WEIGHTS)
+        if (folder / name).read_bytes() != (reference / name).read_bytes()
+    ]
     ended, expected = load(folder / CHECKPOINT), load(reference / CHECKPOINT)
-    found += [f"the checkpoint's {part} differs" for part in expected.keys() | ended.keys()
-              if not is_same(ended.get(part), expected.get(part))]
+    found += [
+        f"the checkpoint's {part} differs"
+        for part in expected.keys() | ended.keys()
+        if not is_same(ended.get(part), expected.get(part))
+    ]
     theirs, ours = curves(reference), curves(folder)
-    found += [f'{tag}: {ours.get(tag)}, not {theirs.get(tag)}'
-              for tag in sorted(theirs.keys() | ours.keys()) if ours.get(tag) != theirs.get(tag)]
-    return found + [f'{path.name} was left' for path in (*folder.rglob('*.tmp'),
-                                                         *folder.glob('unet_*.pth'))]
+    found += [
+        f'{tag}: {ours.get(tag)}, not {theirs.get(tag)}'
+        for tag in sorted(theirs.keys() | ours.keys())
+        if ours.get(tag) != theirs.get(tag)
+    ]
+    return found + [
+        f'{path.name} was left' for path in (*folder.rglob('*.tmp'), *folder.glob('unet_*.pth'))
+    ]
 
 
 def steps_in(checkpoint):
@@ -247,9 +296,11 @@ def steps_in(checkpoint):
 
 # ---------------------------------------------------------------------------- the course's own
 
+
 def template_conv(i, o):
-    return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU(),
-                         nn.Conv2d(o, o, 3, padding=1), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.ReLU()
+    )
 
 
 class TemplateBlock(nn.Module):
@@ -269,8 +320,11 @@ class TemplateUNet(nn.Module):
             setattr(self, f'downsample_block_{n}', TemplateBlock(i, o, maxpool=nn.MaxPool2d(2)))
         self.middle_conv_block = template_conv(128, 256)
         for n, (i, o) in {3: (384, 128), 2: (192, 64), 1: (96, 32)}.items():
-            setattr(self, f'upsample_block_{n}',
-                    TemplateBlock(i, o, upsample=nn.Upsample(scale_factor=2, mode='bilinear')))
+            setattr(
+                self,
+                f'upsample_block_{n}',
+                TemplateBlock(i, o, upsample=nn.Upsample(scale_factor=2, mode='bilinear')),
+            )
         self.last_conv = nn.Conv2d(32, 3, 1)
 
     def forward(self, x):
@@ -284,4 +338,3 @@ class TemplateUNet(nn.Module):
             block = getattr(self, f'upsample_block_{n}')
             x = block.conv_block(torch.cat([block.upsample(x), skips.pop()], 1))
         return self.last_conv(x)
-

@@ -6,6 +6,7 @@
 `--kills` counts SIGKILL, `--requests` SIGTERM, SIGINT and SIGHUP. Each time the same command goes
 on with the run, until it ends by itself: with the weights and curves of one that nothing stopped.
 """
+
 import argparse
 import logging
 import random
@@ -39,6 +40,7 @@ from demo_landscapes import draw_landscapes  # noqa: E402
 
 # ---------------------------------------------------------------------------- where it was stopped
 
+
 def stage(training):
     """Return what the training was doing at its end, from what it had shown and written."""
     shown = training.text.rpartition('\r')[2]
@@ -68,6 +70,7 @@ def while_starting(training, delay, seconds):
 
 
 # ---------------------------------------------------------------------------- the trial
+
 
 class Trial:
     """Runs in folders of their own below `base`, and the tally of what was seen."""
@@ -113,8 +116,11 @@ class Trial:
         if exact and made != self.steps:
             found.append(f'{made} steps were made, not {self.steps}')
         self.found += [f'{folder.name}: {difference}' for difference in found]
-        print(f'{folder.name} {" ".join(flags):8}  {sum(self.signals.values()):3} times stopped  '
-              f'{made - self.steps:2} steps repeated  {len(found)} differences', flush=True)
+        print(
+            f'{folder.name} {" ".join(flags):8}  {sum(self.signals.values()):3} times stopped  '
+            f'{made - self.steps:2} steps repeated  {len(found)} differences',
+            flush=True,
+        )
 
     def examine(self, training, code, before, after):
         """What must hold after each stop: whole files, the right place, no traceback."""
@@ -123,35 +129,44 @@ class Trial:
             found.append(training.text)
         if after[0] != after[1] or after < before:
             found.append(f'steps made, and by the position: {before}, then {after}')
-        said = re.search(r'stopped in epoch (\d+) after step (\d+); to go on: python .* --resume',
-                         training.text)
+        said = re.search(
+            r'stopped in epoch (\d+) after step (\d+); to go on: python .* --resume', training.text
+        )
         if said and (int(said[1]) - 1) * STEPS + int(said[2]) != after[1]:
             found.append(f'{said[0]}, but the checkpoint has {after}')
         # while decoding there is no place to tell; at the very end the interpreter is deaf
-        if (code not in (0, -signal.SIGKILL) and stage(training) != 'finishing'
-                and not (code in (129, 130, 143) and (said or stage(training) == 'decoding'))):
+        if (
+            code not in (0, -signal.SIGKILL)
+            and stage(training) != 'finishing'
+            and not (code in (129, 130, 143) and (said or stage(training) == 'decoding'))
+        ):
             found.append(f'exit code {code} while {stage(training)}: {training.text}')
         self.found += [f'{training.folder.name}: {difference}' for difference in found]
 
     def kill(self, training, barren):
         """SIGKILL, at a moment drawn by lot; whether it came before the program's own end."""
         epoch = self.running / EPOCHS
-        moments = {partial(at_any_moment, seconds=self.running - 2 * epoch): 50,
-                   partial(while_starting, seconds=self.starting): 10,
-                   partial(while_saving, name=WEIGHTS): 6,
-                   partial(while_saving, name='unet.pth'): 6,
-                   partial(while_saving, name=CHECKPOINT): 12,
-                   after_an_epoch: 16}
+        moments = {
+            partial(at_any_moment, seconds=self.running - 2 * epoch): 50,
+            partial(while_starting, seconds=self.starting): 10,
+            partial(while_saving, name=WEIGHTS): 6,
+            partial(while_saving, name='unet.pth'): 6,
+            partial(while_saving, name=CHECKPOINT): 12,
+            after_an_epoch: 16,
+        }
         moment = self.random.choices(list(moments), moments.values())[0]
         # no luck forever would be a test without an end: an epoch must be able to finish
         return self.interrupt(training, moment if barren < 5 else after_an_epoch, signal.SIGKILL)
 
     def ask(self, training, _):
         """SIGTERM, SIGINT or SIGHUP, once the program listens."""
-        moment = self.random.choice([partial(at_any_moment, seconds=self.running)] * 3
-                                    + [partial(while_saving, name='unet.pth'), after_an_epoch])
-        return self.interrupt(training, moment,
-                              self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
+        moment = self.random.choice(
+            [partial(at_any_moment, seconds=self.running)] * 3
+            + [partial(while_saving, name='unet.pth'), after_an_epoch]
+        )
+        return self.interrupt(
+            training, moment, self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        )
 
     def interrupt(self, training, moment, number):
         alone = self.random.random() < 0.5
@@ -174,14 +189,19 @@ def report(trial, killed, minutes):
         print(f'{name:28}{trial.stages[True, name]:10}{trial.stages[False, name]:18}')
     print(f'{"all":28}{killed:10}{sum(trial.signals.values()) - killed:18}\n')
     print('\n'.join(f'{number:5} {name}' for name, number in sorted(trial.signals.items())))
-    print(f'{trial.runs:5} runs of {trial.steps} steps, after one that nothing stopped\n'
-          f'{trial.repeated:5} steps repeated, all after SIGKILL\n'
-          f'{len(trial.found):5} differences found, in {minutes:.1f} minutes')
+    print(
+        f'{trial.runs:5} runs of {trial.steps} steps, after one that nothing stopped\n'
+        f'{trial.repeated:5} steps repeated, all after SIGKILL\n'
+        f'{len(trial.found):5} differences found, in {minutes:.1f} minutes'
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--kills', type=int, default=100)
     parser.add_argument('--requests', type=int, default=30)
     parser.add_argument('--seed', type=int, default=0)

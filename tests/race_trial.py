@@ -7,6 +7,7 @@ Each is killed at a random moment and started again with --resume, while a reade
 again and again. It must always load whole, and each run must end with the weights of one that
 nothing disturbed.
 """
+
 import argparse
 import os
 import random
@@ -26,8 +27,20 @@ sys.path.insert(0, str(ROOT))
 from demo_landscapes import draw_landscapes  # noqa: E402
 from unet import UNet  # noqa: E402
 
-FLAGS = ['--image_size', '32', '--batch_size', '8', '--val_fraction', '0.25', '--device', 'cpu',
-         '--num_workers', '1', '--epochs', '12']
+FLAGS = [
+    '--image_size',
+    '32',
+    '--batch_size',
+    '8',
+    '--val_fraction',
+    '0.25',
+    '--device',
+    'cpu',
+    '--num_workers',
+    '1',
+    '--epochs',
+    '12',
+]
 RUNS = {'A': ['--seed', '0'], 'B': ['--seed', '1']}
 
 
@@ -35,9 +48,24 @@ def start(folder, name):
     """Start the run `name` in the folder, or go on with it, in a process group of its own."""
     log = open(folder.with_name(f'{folder.name}_{name}.log'), 'ab')
     return subprocess.Popen(
-        [sys.executable, ROOT / 'colorize.py', '--data_path', '../photos', *FLAGS, *RUNS[name],
-         '--name', name, '--resume'], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
-        stderr=log, start_new_session=True, env=dict(OMP_NUM_THREADS='1') | os.environ)
+        [
+            sys.executable,
+            ROOT / 'colorize.py',
+            '--data_path',
+            '../photos',
+            *FLAGS,
+            *RUNS[name],
+            '--name',
+            name,
+            '--resume',
+        ],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env=dict(OMP_NUM_THREADS='1') | os.environ,
+    )
 
 
 class Reader(threading.Thread):
@@ -81,8 +109,11 @@ def disturb(folder, kills, rng, longest):
 
 def differences(folder, expected):
     """Return what is not as in the undisturbed runs, whose weights are `expected`."""
-    found = [f'{name} has other weights' for name in RUNS
-             if (folder / f'runs/{name}/unet.pth').read_bytes() != expected[name]]
+    found = [
+        f'{name} has other weights'
+        for name in RUNS
+        if (folder / f'runs/{name}/unet.pth').read_bytes() != expected[name]
+    ]
     if (folder / 'unet.pth').read_bytes() not in expected.values():
         found.append("unet.pth is no run's")
     found += [f'{path} was left' for path in folder.rglob('*.tmp')]
@@ -94,8 +125,11 @@ def differences(folder, expected):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
@@ -122,10 +156,15 @@ def main():
             killed, reads = killed + kills, reads + reader.reads
             faults += reader.found + differences(folder, expected)
             found += [f'round {rounds}: {fault}' for fault in faults]
-            print(f'round {rounds}: {kills} kills, {reader.reads} reads of unet.pth, '
-                  f'{len(faults)} faults', flush=True)
-    print(f'{killed} kills in {rounds} rounds of two runs, {reads} reads, {len(found)} faults, '
-          f'in {(time.monotonic() - began) / 60:.1f} minutes')
+            print(
+                f'round {rounds}: {kills} kills, {reader.reads} reads of unet.pth, '
+                f'{len(faults)} faults',
+                flush=True,
+            )
+    print(
+        f'{killed} kills in {rounds} rounds of two runs, {reads} reads, {len(found)} faults, '
+        f'in {(time.monotonic() - began) / 60:.1f} minutes'
+    )
     for fault in found:
         print(fault)
     return 1 if found else 0

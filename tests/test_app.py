@@ -1,4 +1,5 @@
 """The page that colorizes photos, in a real browser."""
+
 import importlib.util
 import os
 import re
@@ -18,8 +19,9 @@ from PIL import Image
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
-needs_gradio = pytest.mark.skipif(not importlib.util.find_spec('gradio'),
-                                  reason='Gradio is not installed: requirements-app.txt')
+needs_gradio = pytest.mark.skipif(
+    not importlib.util.find_spec('gradio'), reason='Gradio is not installed: requirements-app.txt'
+)
 
 
 @pytest.fixture(scope='module')
@@ -65,6 +67,7 @@ def window(chromium, server):
         page.goto(f'http://localhost:{server}')
         page.wait_for_selector('#photo input[type=file]', state='attached')
         return page
+
     yield window
     for context in contexts:
         context.close()
@@ -73,8 +76,10 @@ def window(chromium, server):
 def drop(page, path):
     """Drop a photo on the page, and wait for what comes of it."""
     page.set_input_files('#photo input[type=file]', path)
-    page.wait_for_function('name => document.querySelector("#message").innerText.includes(name)',
-                           arg=os.path.basename(path))
+    page.wait_for_function(
+        'name => document.querySelector("#message").innerText.includes(name)',
+        arg=os.path.basename(path),
+    )
 
 
 def download(page, path):
@@ -89,8 +94,13 @@ def download(page, path):
 def predicted(home, photo, *flags):
     """What predict.py makes of a photo."""
     shutil.rmtree(home / 'colorized', ignore_errors=True)
-    subprocess.run([sys.executable, ROOT / 'predict.py', photo, '--device', 'cpu', *flags],
-                   cwd=home, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, ROOT / 'predict.py', photo, '--device', 'cpu', *flags],
+        cwd=home,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     return (home / 'colorized' / os.path.basename(photo)).read_bytes()
 
 
@@ -101,7 +111,9 @@ def set_slider(page, name, value):
     page.keyboard.press('Tab')
     page.wait_for_function(
         'before => { const all = [...document.querySelectorAll("#result img")];'
-        ' return all.length == 2 && all.every(img => !before.includes(img.src)) }', arg=before)
+        ' return all.length == 2 && all.every(img => !before.includes(img.src)) }',
+        arg=before,
+    )
 
 
 def tree(folder):
@@ -110,6 +122,7 @@ def tree(folder):
 
 
 # ---------------------------------------------------------------------------- in the browser
+
 
 @needs_gradio
 @needs_browser
@@ -129,10 +142,14 @@ def test_a_drawing_is_colorized_as_predict_does(window, home, drawings, server):
     assert (home / 'got.jpg').read_bytes() == predicted(home, photo, '--saturation', '1.5')
     set_slider(page, 'size', 64)
     download(page, home / 'got.jpg')
-    assert (home / 'got.jpg').read_bytes() == predicted(home, photo, '--saturation', '1.5',
-                                                        '--size', '64')
+    assert (home / 'got.jpg').read_bytes() == predicted(
+        home, photo, '--saturation', '1.5', '--size', '64'
+    )
     assert {re.match(r'\w+://[^/]*|blob:|data:', url)[0] for url in page.urls} <= {
-        f'http://localhost:{server}', 'blob:', 'data:'}
+        f'http://localhost:{server}',
+        'blob:',
+        'data:',
+    }
 
 
 @needs_gradio
@@ -191,29 +208,45 @@ def test_nothing_is_kept_of_a_closed_page(window, home, drawings):
     drop(page, drawings / 'field/field_001.jpg')
     page.wait_for_selector('#download:not([disabled])')
     assert {path.name for path in set(tree(home / 'tmp')) - before} == {
-        'gray.jpg', 'color.jpg', 'field_001.jpg'}
+        'gray.jpg',
+        'color.jpg',
+        'field_001.jpg',
+    }
     page.close()
     assert until(lambda: set(tree(home / 'tmp')) - before, set()) == set()
 
 
 # ---------------------------------------------------------------------------- the server
 
+
 @needs_gradio
 def test_the_socket_is_this_machine_s_own(server):
     listening = [line.split()[1:4] for line in Path('/proc/net/tcp').read_text().splitlines()[1:]]
-    addresses = {local for local, _, state in listening
-                 if state == '0A' and int(local.split(':')[1], 16) == server}
+    addresses = {
+        local
+        for local, _, state in listening
+        if state == '0A' and int(local.split(':')[1], 16) == server
+    }
     assert addresses == {f'0100007F:{server:04X}'}
     everywhere = Path('/proc/net/tcp6').read_text() if os.path.exists('/proc/net/tcp6') else ''
     assert f':{server:04X} ' not in ''.join(line[:44] for line in everywhere.splitlines())
 
 
 @needs_gradio
-@pytest.mark.parametrize('path', [
-    '/file=../../etc/passwd', '/file=/etc/passwd', '/gradio_api/file=../../etc/passwd',
-    '/gradio_api/file=/etc/passwd', '/gradio_api/file=UNET', '/static/../../../../etc/passwd',
-    '/static//etc/passwd', '/assets/..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd',
-    '/gradio_api/proxy=http://127.0.0.1/'])
+@pytest.mark.parametrize(
+    'path',
+    [
+        '/file=../../etc/passwd',
+        '/file=/etc/passwd',
+        '/gradio_api/file=../../etc/passwd',
+        '/gradio_api/file=/etc/passwd',
+        '/gradio_api/file=UNET',
+        '/static/../../../../etc/passwd',
+        '/static//etc/passwd',
+        '/assets/..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd',
+        '/gradio_api/proxy=http://127.0.0.1/',
+    ],
+)
 def test_other_files_are_not_served(server, home, path):
     request = f'GET {path.replace("UNET", str(home / "unet.pth"))} HTTP/1.0\r\n\r\n'
     with socket.create_connection(('127.0.0.1', server)) as connection:
@@ -231,11 +264,16 @@ def test_the_browser_may_fetch_nothing_from_elsewhere(server):
 
 @needs_gradio
 def test_a_file_that_is_too_large_is_refused(server):
-    line = (b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n'
-            b'Content-Type: image/jpeg\r\n\r\n')
-    body = line + bytes(201 * 2 ** 20) + b'\r\n--x--\r\n'
-    request = urllib.request.Request(f'http://127.0.0.1:{server}/gradio_api/upload', body, {
-        'Content-Type': 'multipart/form-data; boundary=x'})
+    line = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n'
+        b'Content-Type: image/jpeg\r\n\r\n'
+    )
+    body = line + bytes(201 * 2**20) + b'\r\n--x--\r\n'
+    request = urllib.request.Request(
+        f'http://127.0.0.1:{server}/gradio_api/upload',
+        body,
+        {'Content-Type': 'multipart/form-data; boundary=x'},
+    )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request)
     assert error.value.code == 413
@@ -245,10 +283,12 @@ def test_a_file_that_is_too_large_is_refused(server):
 def test_a_port_that_is_taken_is_told(run, home, server):
     done = run('app.py', '--port', server, '--device', 'cpu', cwd=home, code=2)
     assert done.stderr.splitlines()[-1] == (
-        f'app.py: --port {server} is taken or not allowed; give another')
+        f'app.py: --port {server} is taken or not allowed; give another'
+    )
 
 
 def test_without_weights(run):
     done = run('app.py', code=2)
-    assert done.stderr == ('app.py: no weights file unet.pth: train with colorize.py, or name it '
-                           'with --weights\n')
+    assert done.stderr == (
+        'app.py: no weights file unet.pth: train with colorize.py, or name it with --weights\n'
+    )

@@ -2,6 +2,7 @@
 
 The number in a test's name is that of the list of faults that an attack found.
 """
+
 import copy
 import math
 import os
@@ -27,16 +28,30 @@ from utils.cli import UsageError
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = 'runs/UNet/checkpoint.pth'
-FLAGS = ['--image_size', '32', '--batch_size', '8', '--val_fraction', '0.25', '--device', 'cpu',
-         '--num_workers', '1', '--precision', 'fp32']
+FLAGS = [
+    '--image_size',
+    '32',
+    '--batch_size',
+    '8',
+    '--val_fraction',
+    '0.25',
+    '--device',
+    'cpu',
+    '--num_workers',
+    '1',
+    '--precision',
+    'fp32',
+]
 WEIGHT = 'downsample_block_1.conv_block.0.weight'
 
 
 @pytest.fixture(autouse=True)
 def no_hang():
     """End a test that waits for ever."""
+
     def end(*_):
         raise TimeoutError
+
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(240)
     yield
@@ -56,8 +71,10 @@ def photos(drawings, tmp_path_factory):
 
 def train(folder, *flags):
     """Return the exit code of `colorize.py flags...`, called in this process, in `folder`."""
-    signals = {number: signal.getsignal(number)
-               for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signals = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it outlasts the test
@@ -92,14 +109,21 @@ def again(photos, trained, tmp_path):
 
 def start(code, folder, **kwargs):
     """Start a Python program, given as text, in `folder`; its output can be read."""
-    return subprocess.Popen([sys.executable, '-c', code], cwd=folder, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env=os.environ | dict(PYTHONPATH=str(ROOT)), **kwargs)
+    return subprocess.Popen(
+        [sys.executable, '-c', code],
+        cwd=folder,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        **kwargs,
+    )
 
 
 # ---------------------------------------------------------------------------- 2: two at once
 
-SAVE = '''
+SAVE = """
 import sys
 from pathlib import Path
 import torch
@@ -111,7 +135,7 @@ print('ready', flush=True)
 input()
 for _ in range(15):
     run.save_weights(net)
-'''
+"""
 
 
 def test_02_two_runs_of_different_names_publish_their_weights(tmp_path):
@@ -133,13 +157,13 @@ def test_02_two_runs_of_different_names_publish_their_weights(tmp_path):
     assert not list(tmp_path.rglob('*.tmp')) + list(tmp_path.glob('unet_*'))
 
 
-HOLD = '''
+HOLD = """
 from pathlib import Path
 from utils.checkpoint import RunFolder
 run = RunFolder(Path('.'), 'UNet', True)
 print('held', flush=True)
 input()
-'''
+"""
 
 
 def test_02_a_run_that_another_process_makes_is_refused_until_that_is_gone(again, tmp_path, capfd):
@@ -149,7 +173,8 @@ def test_02_a_run_that_another_process_makes_is_refused_until_that_is_gone(again
     assert again('--epochs', 2) == 2
     assert capfd.readouterr().err == (
         'colorize.py: another process is training in runs/UNet; wait for its end, or give another '
-        '--name\n')
+        '--name\n'
+    )
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     holder.kill()
     holder.wait()
@@ -176,6 +201,7 @@ def test_02_a_kill_between_the_two_files_of_weights(tmp_path, monkeypatch, kill)
         if len(replaced) == kill:
             raise KeyboardInterrupt
         real(*names)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, 'replace', replace)
         RunFolder(tmp_path, 'A', True).save_weights(net)
@@ -186,6 +212,7 @@ def test_02_a_kill_between_the_two_files_of_weights(tmp_path, monkeypatch, kill)
 
 
 # ---------------------------------------------------------------------------- 3: where they are
+
 
 def test_03_says_which_file_has_the_weights_of_this_run(again, tmp_path, capfd):
     (tmp_path / 'unet.pth').write_bytes(b'of another run')
@@ -212,6 +239,7 @@ def test_03_an_epoch_that_did_not_improve(again, trained, tmp_path, capfd):
 
 # ---------------------------------------------------------------------------- 5: black photos
 
+
 @pytest.mark.parametrize('pixel, value', [((1, 1), 1.02), ((0, 0), math.nan), ((3, 3), math.inf)])
 def test_05_floating_point_photos_are_not_read_as_black(tmp_path, pixel, value):
     photo = Image.new('F', (32, 32), 0.5)
@@ -223,6 +251,7 @@ def test_05_floating_point_photos_are_not_read_as_black(tmp_path, pixel, value):
 
 # ---------------------------------------------------------------------------- 6, 10: processes
 
+
 def test_06_10_skipped_photos_are_counted_once_and_all_processes_end(photos, tmp_path):
     folder = tmp_path / 'photos'
     folder.mkdir()
@@ -230,13 +259,34 @@ def test_06_10_skipped_photos_are_counted_once_and_all_processes_end(photos, tmp
         data = path.read_bytes()
         (folder / path.name).write_bytes(data[:40] if number % 2 else data)
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-         ROOT / 'colorize.py', '--data_path', folder, *FLAGS, '--val_fraction', '0', '--stream',
-         '--epochs', '1'], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            ROOT / 'colorize.py',
+            '--data_path',
+            folder,
+            *FLAGS,
+            '--val_fraction',
+            '0',
+            '--stream',
+            '--epochs',
+            '1',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert '6 of 12 photos are left out\n' in done.stdout
-    assert done.stderr.count("skipped '") == 6 == len(
-        (tmp_path / 'runs/UNet/skipped.txt').read_text().splitlines())
+    assert (
+        done.stderr.count("skipped '")
+        == 6
+        == len((tmp_path / 'runs/UNet/skipped.txt').read_text().splitlines())
+    )
 
 
 def test_10_processes_wait_for_each_other_before_they_leave(monkeypatch):
@@ -269,10 +319,12 @@ def signal_after(monkeypatch, steps):
         if len(made) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
+
     monkeypatch.setattr(colorize, 'train_step', step)
 
 
 # ---------------------------------------------------------------------------- 8: links
+
 
 def test_08_weights_are_written_through_a_link(photos, tmp_path):
     (tmp_path / 'shared').mkdir()
@@ -288,14 +340,37 @@ def test_08_weights_are_written_through_a_link(photos, tmp_path):
 
 # ---------------------------------------------------------------------------- 9: streaming
 
+
 def test_09_streaming_needs_no_shared_memory(photos, tmp_path):
-    small = ['unshare', '-m', 'bash', '-c',
-             'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"', 'bash']
+    small = [
+        'unshare',
+        '-m',
+        'bash',
+        '-c',
+        'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"',
+        'bash',
+    ]
     if subprocess.run([*small, 'true'], capture_output=True).returncode:
         pytest.skip('only root can make /dev/shm small')
-    done = subprocess.run([*small, sys.executable, ROOT / 'colorize.py', '--data_path', photos,
-                           *FLAGS, '--num_workers', '4', '--stream', '--epochs', '1'],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [
+            *small,
+            sys.executable,
+            ROOT / 'colorize.py',
+            '--data_path',
+            photos,
+            *FLAGS,
+            '--num_workers',
+            '4',
+            '--stream',
+            '--epochs',
+            '1',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0 and done.stderr == '', done.stderr
     load_weights(UNet(), tmp_path / 'unet.pth')
 
@@ -310,6 +385,7 @@ def test_09_a_stop_is_obeyed_while_the_disk_is_silent(photos, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
             disk.wait()
         return real(*args, **kwargs)
+
     monkeypatch.setattr(data_utils, 'load_photo', read)
     try:
         assert train(tmp_path, '--data_path', photos, *FLAGS, '--stream', '--epochs', 1) == 143
@@ -320,12 +396,18 @@ def test_09_a_stop_is_obeyed_while_the_disk_is_silent(photos, tmp_path, monkeypa
 
 # ---------------------------------------------------------------------------- 11: pipes
 
-@pytest.mark.parametrize('name, line', [
-    (CHECKPOINT, f'{CHECKPOINT} is no regular file; move it away to start afresh'),
-    ('unet.pth', 'unet.pth is no regular file, but a run needs that name; move it away'),
-    ('runs/UNet/unet.pth',
-     'runs/UNet/unet.pth is no regular file, but a run needs that name; move it away'),
-])
+
+@pytest.mark.parametrize(
+    'name, line',
+    [
+        (CHECKPOINT, f'{CHECKPOINT} is no regular file; move it away to start afresh'),
+        ('unet.pth', 'unet.pth is no regular file, but a run needs that name; move it away'),
+        (
+            'runs/UNet/unet.pth',
+            'runs/UNet/unet.pth is no regular file, but a run needs that name; move it away',
+        ),
+    ],
+)
 def test_11_a_pipe_in_the_place_of_a_file(again, tmp_path, capfd, name, line):
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
@@ -358,6 +440,7 @@ def test_11_a_pipe_in_the_place_of_weights(tmp_path):
 
 # ---------------------------------------------------------------------------- 12: checkpoints
 
+
 def settings():
     """Return settings whose types are those of a run's."""
     args = colorize.parse_args([])
@@ -378,19 +461,31 @@ LAUGHS = nested(lambda value: [value] * 10, 12)  # 10 ** 13 words
 HOSTILE = {
     'no optimizer': ('optimizer', REMOVE, 'it has no optimizer'),
     'no exp_avg_sq': ('optimizer.0.exp_avg_sq', REMOVE, 'it has no optimizer.0.exp_avg_sq'),
-    'three numbers': ('optimizer.0.exp_avg', torch.zeros(3),
-                      r'optimizer.0.exp_avg is \(3,\), not \(32, 1, 3, 3\)'),
-    'a negative square': ('optimizer.0.exp_avg_sq', torch.full((32, 1, 3, 3), -1.0),
-                          'a square is negative'),
+    'three numbers': (
+        'optimizer.0.exp_avg',
+        torch.zeros(3),
+        r'optimizer.0.exp_avg is \(3,\), not \(32, 1, 3, 3\)',
+    ),
+    'a negative square': (
+        'optimizer.0.exp_avg_sq',
+        torch.full((32, 1, 3, 3), -1.0),
+        'a square is negative',
+    ),
     'steps that differ': ('optimizer.0.step', torch.tensor(1.0), 'its weights have made'),
     'an infinite step': ('optimizer.0.step', torch.tensor(math.inf), 'step is not finite'),
     'progress a list': ('progress', [], 'progress. is a list, not a dict'),
-    'progress deep': ('progress', nested(lambda value: {'a': value}, 100),
-                      'it has no progress.best'),
+    'progress deep': (
+        'progress',
+        nested(lambda value: {'a': value}, 100),
+        'it has no progress.best',
+    ),
     'settings None': ('settings', None, 'settings. is a NoneType, not a dict'),
     'settings empty': ('settings', {}, 'it has no settings.batch_size'),
-    'settings of a tensor': ('settings.batch_size', torch.tensor([8, 8]),
-                             'settings.batch_size is a Tensor'),
+    'settings of a tensor': (
+        'settings.batch_size',
+        torch.tensor([8, 8]),
+        'settings.batch_size is a Tensor',
+    ),
     'settings of a bool': ('settings.batch_size', True, 'settings.batch_size is True'),
     'settings of a list': ('settings.lr', [1e-3], 'settings.lr is a list'),
     'settings more': ('settings.name', '../../x', 'it has settings.name'),
@@ -401,10 +496,10 @@ HOSTILE = {
     'epoch a tensor': ('progress.epoch', torch.tensor(1), 'progress.epoch is a Tensor'),
     'epoch without an end': ('progress.epoch', LAUGHS, 'progress.epoch is a list'),
     'epoch -5': ('progress.epoch', -5, 'epoch is -5'),
-    'epoch 10 ** 9': ('progress.epoch', 10 ** 9, 'epoch is 1000000000'),
+    'epoch 10 ** 9': ('progress.epoch', 10**9, 'epoch is 1000000000'),
     'step -3': ('progress.step', -3, 'step is -3'),
-    'step 10 ** 6': ('progress.step', 10 ** 6, 'step is 1000000'),
-    'photos 10 ** 30': ('progress.photos', 10 ** 30, 'photos is 10{30}'),
+    'step 10 ** 6': ('progress.step', 10**6, 'step is 1000000'),
+    'photos 10 ** 30': ('progress.photos', 10**30, 'photos is 10{30}'),
     'loss_sum inf': ('progress.loss_sum', math.inf, 'loss_sum is inf'),
     'loss_sum at no step': ('progress.loss_sum', 1e308, r'loss_sum is 1e\+308'),
     'best NaN': ('progress.best', math.nan, 'progress.best is nan'),
@@ -414,19 +509,31 @@ HOSTILE = {
     'a key None': (None, {None: 1}, 'it has None'),
     'a key 3': (None, {3: 1}, 'it has 3'),
     'a key of a tuple': (None, {(1, 2): 1}, 'it has a tuple'),
-    'scaler of a tensor': ('scaler', SCALER | dict(scale=torch.ones(3)),
-                           'scaler.scale is a Tensor'),
+    'scaler of a tensor': (
+        'scaler',
+        SCALER | dict(scale=torch.ones(3)),
+        'scaler.scale is a Tensor',
+    ),
     'scaler 0': ('scaler', SCALER | dict(scale=0.0), 'the gradient scaler is'),
-    'scaler never grows': ('scaler', SCALER | dict(growth_interval=10 ** 30),
-                           'the gradient scaler is'),
-    'whole numbers': (f'net.{WEIGHT}', torch.zeros(32, 1, 3, 3, dtype=torch.int32),
-                      f'net.{WEIGHT} is torch.int32, not torch.float32'),
+    'scaler never grows': (
+        'scaler',
+        SCALER | dict(growth_interval=10**30),
+        'the gradient scaler is',
+    ),
+    'whole numbers': (
+        f'net.{WEIGHT}',
+        torch.zeros(32, 1, 3, 3, dtype=torch.int32),
+        f'net.{WEIGHT} is torch.int32, not torch.float32',
+    ),
     'double': (f'net.{WEIGHT}', torch.zeros(32, 1, 3, 3).double(), 'is torch.float64'),
-    'weights NaN': (f'net.{WEIGHT}', torch.full((32, 1, 3, 3), math.nan),
-                    f'net.{WEIGHT} is not finite'),
+    'weights NaN': (
+        f'net.{WEIGHT}',
+        torch.full((32, 1, 3, 3), math.nan),
+        f'net.{WEIGHT} is not finite',
+    ),
     'meta': (f'net.{WEIGHT}', torch.zeros(32, 1, 3, 3, device='meta'), 'is no plain tensor'),
     'sparse': (f'net.{WEIGHT}', torch.zeros(32, 1, 3, 3).to_sparse(), 'is no plain tensor'),
-    'huge': (f'net.{WEIGHT}', torch.zeros(1).expand(2 ** 40), r'is \(1099511627776,\)'),
+    'huge': (f'net.{WEIGHT}', torch.zeros(1).expand(2**40), r'is \(1099511627776,\)'),
     'a float': (f'net.{WEIGHT}', 0.5, 'is no plain tensor'),
 }
 
@@ -450,15 +557,19 @@ def spoil(state, place, value):
 def test_12_hostile_checkpoints_are_refused(trained, tmp_path, kind):
     place, value, why = HOSTILE[kind]
     torch.save(spoil(trained[1], place, value), tmp_path / 'x.pth')
-    with pytest.raises(UsageError, match=rf'x.pth is no checkpoint of this version of the program '
-                                         rf'\(.*{why}.*\); move it away to start afresh'):
+    with pytest.raises(
+        UsageError,
+        match=rf'x.pth is no checkpoint of this version of the program '
+        rf'\(.*{why}.*\); move it away to start afresh',
+    ):
         load_checkpoint(tmp_path / 'x.pth', UNet(), settings())
 
 
 def test_12_nested_tensors_are_refused(trained, tmp_path, recwarn):
     parts = [torch.zeros(3), torch.zeros(2)]
-    torch.save(spoil(trained[1], f'net.{WEIGHT}', torch.nested.nested_tensor(parts)),
-               tmp_path / 'x.pth')
+    torch.save(
+        spoil(trained[1], f'net.{WEIGHT}', torch.nested.nested_tensor(parts)), tmp_path / 'x.pth'
+    )
     with pytest.raises(UsageError, match='is no plain tensor'):
         load_checkpoint(tmp_path / 'x.pth', UNet(), settings())
 
@@ -492,35 +603,43 @@ def repack(path, compression, change=lambda data: data):
 def test_12_a_pickle_that_overflows_the_stack(tmp_path):
     """A tuple in a tuple, 200,000 deep, as a key of a dict: torch.load crashed."""
     torch.save({}, tmp_path / 'x.pth')
-    repack(tmp_path / 'x.pth', zipfile.ZIP_STORED,
-           lambda _: b'\x80\x02})' + b'\x85' * 200_000 + b'K\x01s.')
-    with pytest.raises(UsageError, match='x.pth is a damaged or truncated file; nothing in it was '
-                                         'run; move it away'):
+    repack(
+        tmp_path / 'x.pth',
+        zipfile.ZIP_STORED,
+        lambda _: b'\x80\x02})' + b'\x85' * 200_000 + b'K\x01s.',
+    )
+    with pytest.raises(
+        UsageError,
+        match='x.pth is a damaged or truncated file; nothing in it was run; move it away',
+    ):
         load_checkpoint(tmp_path / 'x.pth', UNet(), settings())
 
 
 def test_12_a_file_that_grows_in_memory(tmp_path):
-    torch.save(torch.zeros(2 ** 22), tmp_path / 'x.pth')
+    torch.save(torch.zeros(2**22), tmp_path / 'x.pth')
     repack(tmp_path / 'x.pth', zipfile.ZIP_DEFLATED)
-    assert (tmp_path / 'x.pth').stat().st_size < 2 ** 16
+    assert (tmp_path / 'x.pth').stat().st_size < 2**16
     with pytest.raises(UsageError, match='x.pth is a damaged or truncated file'):
         load_weights(UNet(), tmp_path / 'x.pth')
 
 
-@pytest.mark.parametrize('change, why', [
-    (lambda state: {name: value * math.nan for name, value in state.items()}, 'is not finite'),
-    (lambda state: {name: value.int() for name, value in state.items()}, 'is torch.int32'),
-    (lambda state: dict(list(state.items())[1:]), f'it has no {WEIGHT}'),
-    (lambda state: state | {3: 1}, 'it has 3'),
-    (lambda state: list(state), 'it is a list, not a dict'),
-])
+@pytest.mark.parametrize(
+    'change, why',
+    [
+        (lambda state: {name: value * math.nan for name, value in state.items()}, 'is not finite'),
+        (lambda state: {name: value.int() for name, value in state.items()}, 'is torch.int32'),
+        (lambda state: dict(list(state.items())[1:]), f'it has no {WEIGHT}'),
+        (lambda state: state | {3: 1}, 'it has 3'),
+        (lambda state: list(state), 'it is a list, not a dict'),
+    ],
+)
 def test_12_hostile_weights_are_refused(tmp_path, change, why):
     torch.save(change(UNet().state_dict()), tmp_path / 'x.pth')
     with pytest.raises(UsageError, match=rf'x.pth holds other weights \(.*{why}'):
         load_weights(UNet(), tmp_path / 'x.pth')
 
 
-@pytest.mark.parametrize('size', [10 ** 9, 12, 0, -8, '64', 64.0, True, [64]])
+@pytest.mark.parametrize('size', [10**9, 12, 0, -8, '64', 64.0, True, [64]])
 def test_12_an_impossible_image_size_is_refused(tmp_path, size):
     state = UNet().state_dict()
     state._metadata['']['image_size'] = size
@@ -531,19 +650,33 @@ def test_12_an_impossible_image_size_is_refused(tmp_path, size):
 
 # ---------------------------------------------------------------------------- 13: small
 
+
 @pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
 def test_13_closed_streams(photos, tmp_path, closed):
-    command = ' '.join([sys.executable, str(ROOT / 'colorize.py'), *FLAGS, '--epochs', '1',
-                        '--data_path', str(photos), closed])
+    command = ' '.join(
+        [
+            sys.executable,
+            str(ROOT / 'colorize.py'),
+            *FLAGS,
+            '--epochs',
+            '1',
+            '--data_path',
+            str(photos),
+            closed,
+        ]
+    )
     done = subprocess.run(['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == '', done
     load_weights(UNet(), tmp_path / 'unet.pth')
 
 
-@pytest.mark.parametrize('flag, value, rule', [
-    ('--seed', 18446744073709551616, 'a whole number, 0 or above'),
-    ('--batch_size', 10 ** 22, 'a whole number above 0'),
-])
+@pytest.mark.parametrize(
+    'flag, value, rule',
+    [
+        ('--seed', 18446744073709551616, 'a whole number, 0 or above'),
+        ('--batch_size', 10**22, 'a whole number above 0'),
+    ],
+)
 def test_13_numbers_that_overflow(tmp_path, capfd, flag, value, rule):
     assert train(tmp_path, flag, value) == 2
     assert capfd.readouterr().err == f'colorize.py: argument {flag}: {value} is not {rule}\n'
@@ -551,17 +684,22 @@ def test_13_numbers_that_overflow(tmp_path, capfd, flag, value, rule):
 
 def test_13_ctrl_c_during_the_imports(tmp_path):
     (tmp_path / 'torch.py').write_text('print("importing", flush=True)\ninput()\n')
-    program = subprocess.Popen([sys.executable, ROOT / 'colorize.py'], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | dict(PYTHONPATH=str(tmp_path)),
-                               # a shell's '&' makes Ctrl-C ignored
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    program = subprocess.Popen(
+        [sys.executable, ROOT / 'colorize.py'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(tmp_path)),
+        # a shell's '&' makes Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert program.stdout.readline() == 'importing\n'
     program.send_signal(signal.SIGINT)
     assert program.wait() == -signal.SIGINT and program.stderr.read() == ''
 
 
-STOP_TWICE = '''
+STOP_TWICE = """
 import os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 def stop(*_):
@@ -570,16 +708,28 @@ def stop(*_):
 register_optimizer_step_post_hook(stop)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
-'''
+"""
 
 
 def test_13_a_dry_run_that_is_stopped_twice_leaves_nothing(photos, tmp_path):
     temporary = tmp_path / 'temporary'
     temporary.mkdir()
-    done = subprocess.run([sys.executable, '-c', STOP_TWICE, ROOT / 'colorize.py', '--data_path',
-                           photos, *FLAGS, '--dry_run'], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | dict(TMPDIR=str(temporary),
-                                                           PYTHONPATH=str(ROOT)))
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            STOP_TWICE,
+            ROOT / 'colorize.py',
+            '--data_path',
+            photos,
+            *FLAGS,
+            '--dry_run',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(TMPDIR=str(temporary), PYTHONPATH=str(ROOT)),
+    )
     assert done.returncode == 143, done.stderr
     assert os.listdir(temporary) == [] and os.listdir(tmp_path) == ['temporary']
 
@@ -592,7 +742,7 @@ def test_13_a_rate_that_ruins_the_first_epoch(photos, tmp_path, capfd):
     assert 'kept' not in error and not list(tmp_path.rglob('*.pth'))
 
 
-DEMO = '''
+DEMO = """
 import sys
 from functools import partial
 import colorize
@@ -600,15 +750,23 @@ colorize.draw_landscapes = partial(colorize.draw_landscapes, per_kind=2)
 print('ready', flush=True)
 input()
 sys.exit(colorize.main(sys.argv[1:]))
-'''
+"""
 
 
 def test_13_two_demos_at_once(tmp_path):
     flags = ['--demo', *FLAGS, '--epochs', '1', '--val_fraction', '0']
-    demos = [subprocess.Popen([sys.executable, '-c', DEMO, *flags], cwd=tmp_path, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT,
-                              env=os.environ | dict(PYTHONPATH=str(ROOT))) for _ in range(2)]
+    demos = [
+        subprocess.Popen(
+            [sys.executable, '-c', DEMO, *flags],
+            cwd=tmp_path,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        )
+        for _ in range(2)
+    ]
     for demo in demos:
         assert demo.stdout.readline() == 'ready\n'
     for demo in demos:
@@ -627,10 +785,17 @@ def test_a_place_that_its_settings_allow_is_taken(trained, tmp_path):
         state = copy.copy(trained[1])
         step = rng.randint(0, 2)
         progress = dict(epoch=0, step=step, loss_sum=0.1 * step, photos=min(9, 8 * step))
-        state['progress'] = state['progress'] | progress | dict(
-            best=math.inf, best_epoch=0, best_gain=0.0)
-        state['optimizer'] = {index: values | dict(step=torch.tensor(float(step)))
-                              for index, values in state['optimizer'].items()} if step else {}
+        state['progress'] = (
+            state['progress'] | progress | dict(best=math.inf, best_epoch=0, best_gain=0.0)
+        )
+        state['optimizer'] = (
+            {
+                index: values | dict(step=torch.tensor(float(step)))
+                for index, values in state['optimizer'].items()
+            }
+            if step
+            else {}
+        )
         torch.save(state, tmp_path / 'x.pth')
         assert load_checkpoint(tmp_path / 'x.pth', UNet(), settings())['progress']['step'] == step
     assert RunFolder(tmp_path, 'UNet', True).path == tmp_path / 'runs/UNet'

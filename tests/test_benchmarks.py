@@ -1,4 +1,5 @@
 """Every part of the benchmarks on the smallest input: their numbers mean nothing here."""
+
 import json
 import os
 import re
@@ -32,6 +33,7 @@ def tiny(drawings):
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
     """call(script, flags...): the exit code, stdout and stderr of a script's main() in here."""
+
     def call(script, *flags):
         monkeypatch.setattr(sys, 'argv', [script.__file__, *map(str, flags)])
         try:
@@ -46,25 +48,65 @@ def call(monkeypatch, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------- speed.py
 
-@pytest.mark.parametrize('part, flags, rows', [
-    ('training', [], [r'reference \| [\d.]+', r'this project \| [\d.]+',
-                      r'ratio of the medians \| [\d.]+×']),
-    ('quality', ['--epochs', 1], [r'reference \| \d+ \| 1 epochs',
-                                  r'this project \| \d+ \| \d+ epochs \| [\d.]+ dB',
-                                  r'ratio \| (1/[\d.]+|not reached)']),
-    ('decoding', ['--limit', 2], [r'reference pipeline \| [\d.]+', r'this project \| [\d.]+',
-                                  r'ratio \| [\d.]+×'] * 2),
-    ('network', ['--batch_sizes', 2], [r'copy \| \d+ GB/s', r'matrix product \| [\d.]+ TFLOP/s',
-                                       r'floor \| [\d.]+ photos/s',
-                                       r'eager, batch 2 \| [\d.]+ photos/s \| \d+%']),
-    ('start', [], [r'imports \| [\d.]+', r'reading \| [\d.]+', r'first step \| [\d.]+',
-                   r'together \| [\d.]+', r'peak \| \d+ MB host, 0 MB device']),
-    ('processes', [], [r'one process \| [\d.]+', r'two processes \| [\d.]+',
-                       r'ratio of the medians \| [\d.]+×']),
-])
+
+@pytest.mark.parametrize(
+    'part, flags, rows',
+    [
+        (
+            'training',
+            [],
+            [r'reference \| [\d.]+', r'this project \| [\d.]+', r'ratio of the medians \| [\d.]+×'],
+        ),
+        (
+            'quality',
+            ['--epochs', 1],
+            [
+                r'reference \| \d+ \| 1 epochs',
+                r'this project \| \d+ \| \d+ epochs \| [\d.]+ dB',
+                r'ratio \| (1/[\d.]+|not reached)',
+            ],
+        ),
+        (
+            'decoding',
+            ['--limit', 2],
+            [r'reference pipeline \| [\d.]+', r'this project \| [\d.]+', r'ratio \| [\d.]+×'] * 2,
+        ),
+        (
+            'network',
+            ['--batch_sizes', 2],
+            [
+                r'copy \| \d+ GB/s',
+                r'matrix product \| [\d.]+ TFLOP/s',
+                r'floor \| [\d.]+ photos/s',
+                r'eager, batch 2 \| [\d.]+ photos/s \| \d+%',
+            ],
+        ),
+        (
+            'start',
+            [],
+            [
+                r'imports \| [\d.]+',
+                r'reading \| [\d.]+',
+                r'first step \| [\d.]+',
+                r'together \| [\d.]+',
+                r'peak \| \d+ MB host, 0 MB device',
+            ],
+        ),
+        (
+            'processes',
+            [],
+            [
+                r'one process \| [\d.]+',
+                r'two processes \| [\d.]+',
+                r'ratio of the medians \| [\d.]+×',
+            ],
+        ),
+    ],
+)
 def test_each_part_of_speed(run, tiny, drawings, part, flags, rows):
-    done = run('benchmarks/speed.py', part, *tiny, '--repeat', 1, '--val_path', drawings / 'lake',
-               *flags)
+    done = run(
+        'benchmarks/speed.py', part, *tiny, '--repeat', 1, '--val_path', drawings / 'lake', *flags
+    )
     shown = [line for line in done.stdout.splitlines() if line.startswith('| ')]
     assert shown.pop(0).strip('| ') == ''
     for row in rows:
@@ -76,19 +118,39 @@ def test_each_part_of_speed(run, tiny, drawings, part, flags, rows):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the sizes are those of a host')
 def test_a_row_that_fails_does_not_take_the_others_with_it(call, monkeypatch):
     """More photos than an address space has room for."""
+
     def measure_steps(part, args, really=speed.measure, **more):
-        return (really(part, args, **more) if part == 'network' else
-                dict(copy=1, matrix=1, floor=1e4, precision='fp32'))
+        return (
+            really(part, args, **more)
+            if part == 'network'
+            else dict(copy=1, matrix=1, floor=1e4, precision='fp32')
+        )
 
     monkeypatch.setattr(speed, 'measure', measure_steps)
-    code, shown, _ = call(speed, 'network', '--image_size', 128, '--precision', 'fp32',
-                          '--batch_sizes', 2 ** 31 - 1, 2, '--upsample', 'matmul')
+    code, shown, _ = call(
+        speed,
+        'network',
+        '--image_size',
+        128,
+        '--precision',
+        'fp32',
+        '--batch_sizes',
+        2**31 - 1,
+        2,
+        '--upsample',
+        'matmul',
+    )
     assert code == 0
     large, small = shown.splitlines()[-2:]
-    assert large == ('| eager, batch 2147483647 | out of memory with --batch_size 2147483647: '
-                     'try --batch_size 1073741823 or less |  |  |')
-    assert re.fullmatch(r'\| eager, batch 2 \| [\d.]+ photos/s \| \d+% \| \d+ MB host, 0 MB '
-                        r'device \|', small)
+    assert large == (
+        '| eager, batch 2147483647 | out of memory with --batch_size 2147483647: '
+        'try --batch_size 1073741823 or less |  |  |'
+    )
+    assert re.fullmatch(
+        r'\| eager, batch 2 \| [\d.]+ photos/s \| \d+% \| \d+ MB host, 0 MB '
+        r'device \|',
+        small,
+    )
 
 
 def test_a_measurement_that_is_killed_is_a_row_too():
@@ -97,12 +159,15 @@ def test_a_measurement_that_is_killed_is_a_row_too():
     assert speed.json_of('-c', 'print("words"); print({})') == {}
 
 
-@pytest.mark.parametrize('flags, line', [
-    (['training', '--data_path', 'nowhere'], 'no such folder: nowhere'),
-    (['quality', '--data_path', '.'], 'no photos in .'),
-    (['fly'], "argument part: invalid choice: 'fly'"),
-    (['network', '--image_size', '30'], 'argument --image_size: 30 is not a multiple of 8'),
-])
+@pytest.mark.parametrize(
+    'flags, line',
+    [
+        (['training', '--data_path', 'nowhere'], 'no such folder: nowhere'),
+        (['quality', '--data_path', '.'], 'no photos in .'),
+        (['fly'], "argument part: invalid choice: 'fly'"),
+        (['network', '--image_size', '30'], 'argument --image_size: 30 is not a multiple of 8'),
+    ],
+)
 def test_a_wrong_request_to_speed(call, flags, line):
     code, _, errors = call(speed, *flags)
     assert code == 2 and len(errors.splitlines()) == 1 and errors.startswith(f'speed.py: {line}')
@@ -110,8 +175,10 @@ def test_a_wrong_request_to_speed(call, flags, line):
 
 def test_quality_needs_photos_to_measure_on(call, tiny):
     code, _, errors = call(speed, 'quality', *tiny)
-    assert (code, errors) == (2, 'speed.py: quality needs --val_path, a folder of photos to '
-                                 'measure the PSNR on\n')
+    assert (code, errors) == (
+        2,
+        'speed.py: quality needs --val_path, a folder of photos to measure the PSNR on\n',
+    )
 
 
 @pytest.mark.parametrize('script', [speed, gpu])
@@ -124,9 +191,20 @@ def test_without_arguments_a_benchmark_says_what_it_takes(call, script):
 
 # ---------------------------------------------------------------------------- reference.py
 
+
 def test_the_reference_reports_its_epochs(call, tiny, drawings):
-    code, shown, errors = call(reference, *tiny, '--epochs', 2, '--limit', 5, '--num_workers', 0,
-                               '--val_path', drawings / 'lake')
+    code, shown, errors = call(
+        reference,
+        *tiny,
+        '--epochs',
+        2,
+        '--limit',
+        5,
+        '--num_workers',
+        0,
+        '--val_path',
+        drawings / 'lake',
+    )
     assert (code, errors) == (0, '')
     report = json.loads(shown.splitlines()[-1])
     assert report['photos'] == 5 and len(report['epochs']) == 2
@@ -157,15 +235,15 @@ def test_the_reference_is_the_same_network_and_the_same_measure(drawings):
 
 # ---------------------------------------------------------------------------- upsampling.py
 
+
 @pytest.mark.parametrize('size', [1, 2, 7])
 def test_upsampling_by_matrix_products_is_the_same(size):
     torch.manual_seed(0)
     x = torch.rand(2, 5, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
     results = []
-    for module in (nn.Upsample(scale_factor=2, mode='bilinear'),
-                   upsampling.MatmulUpsample(size)):
+    for module in (nn.Upsample(scale_factor=2, mode='bilinear'), upsampling.MatmulUpsample(size)):
         y = module(x)
-        gradient, = torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view_as(y))
+        (gradient,) = torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view_as(y))
         results.append((y, gradient))
     for value, other in zip(*results, strict=True):
         assert torch.allclose(value, other, atol=1e-5)
@@ -183,15 +261,26 @@ def test_a_network_with_matrix_products_is_the_same():
 
 # ---------------------------------------------------------------------------- gpu.py, gpu.sh
 
-@pytest.mark.parametrize('part, rows', [
-    ('device', [r'\| torch \| ' + re.escape(torch.__version__)]),
-    ('upsampling', [rf'\| torch\.{name} \| {channels} × {size}²' for name in
-                    ('float32', 'bfloat16', 'float16')
-                    for channels, size in ((256, 2), (128, 4), (64, 8))]),
-    ('profile', ['a step takes', r'.*aten::']),
-    ('empty', [rf'\| {name} \| loss 0, the weights as before' for name in
-               ('fp32', 'bf16', 'fp16')]),
-])
+
+@pytest.mark.parametrize(
+    'part, rows',
+    [
+        ('device', [r'\| torch \| ' + re.escape(torch.__version__)]),
+        (
+            'upsampling',
+            [
+                rf'\| torch\.{name} \| {channels} × {size}²'
+                for name in ('float32', 'bfloat16', 'float16')
+                for channels, size in ((256, 2), (128, 4), (64, 8))
+            ],
+        ),
+        ('profile', ['a step takes', r'.*aten::']),
+        (
+            'empty',
+            [rf'\| {name} \| loss 0, the weights as before' for name in ('fp32', 'bf16', 'fp16')],
+        ),
+    ],
+)
 def test_each_part_of_gpu(call, tiny, part, rows):
     code, shown, errors = call(gpu, part, *tiny)
     assert (code, errors) == (0, '')
@@ -202,7 +291,12 @@ def test_each_part_of_gpu(call, tiny, part, rows):
 def test_the_parts_of_an_epoch(run, tiny, drawings):
     shown = run('benchmarks/gpu.py', 'epoch', *tiny, '--data_path', drawings).stdout
     assert re.findall(r'^\| (\w+) \| [\d.]+ \|$', shown, re.MULTILINE) == [
-        'train_epoch', 'evaluate', 'save_weights', 'log_epoch', 'save']
+        'train_epoch',
+        'evaluate',
+        'save_weights',
+        'log_epoch',
+        'save',
+    ]
 
 
 def test_photos_are_split_by_links(call, drawings, tmp_path):
@@ -218,14 +312,18 @@ def gpu_sh(tmp_path):
     """gpu_sh(flags...): benchmarks/gpu.sh with a `python` that only fails to profile."""
     python = tmp_path / 'bin/python'
     python.parent.mkdir()
-    python.write_text('''#!/bin/sh
+    python.write_text("""#!/bin/sh
         [ "$2" != profile ] || { echo 'no luck' >&2; exit 3; }
         echo '| ran |'
-    ''')
+    """)
     python.chmod(0o755)
     return lambda *words: subprocess.run(
-        [BENCHMARKS / 'gpu.sh', *map(str, words)], capture_output=True, text=True, timeout=100,
-        env={**os.environ, 'PATH': f'{python.parent}:{os.environ["PATH"]}'})
+        [BENCHMARKS / 'gpu.sh', *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, 'PATH': f'{python.parent}:{os.environ["PATH"]}'},
+    )
 
 
 def test_a_part_that_fails_does_not_take_the_others_with_it(gpu_sh, drawings):
@@ -240,8 +338,11 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(gpu_sh, drawings):
 
 
 def test_the_command_says_what_it_takes(gpu_sh):
-    for flags, code, error in (([], 2, ''), (['--help'], 0, ''),
-                               (['nowhere'], 2, 'no such folder: nowhere\n')):
+    for flags, code, error in (
+        ([], 2, ''),
+        (['--help'], 0, ''),
+        (['nowhere'], 2, 'no such folder: nowhere\n'),
+    ):
         done = gpu_sh(*flags)
         assert (done.returncode, done.stderr) == (code, error)
         assert 'benchmarks/gpu.sh PHOTOS > report.md' in done.stdout

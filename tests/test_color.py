@@ -49,6 +49,6 @@ def test_colorfulness():
     y = torch.from_numpy(photo / 255).permute(2, 0, 1)[None]
     assert color.colorfulness(y).item() == pytest.approx(by_hand)
     # all one blue: no deviation, and the signed means 0 and -255
-    blue = torch.tensor([0., 0, 1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    blue = torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     assert color.colorfulness(blue).item() == pytest.approx(0.3 * 255, abs=0.002)
     assert color.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() < 0.002

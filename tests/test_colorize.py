@@ -38,8 +38,7 @@ from utils.device import Precision
 
 def batches(n=3, size=16):
     torch.manual_seed(0)
-    return [(torch.rand(4, 1, size, size) * 2 - 1, torch.rand(4, 3, size, size))
-            for _ in range(n)]
+    return [(torch.rand(4, 1, size, size) * 2 - 1, torch.rand(4, 3, size, size)) for _ in range(n)]
 
 
 class Writer:
@@ -51,6 +50,7 @@ class Writer:
 
 
 # ---------------------------------------------------------------------------- train()
+
 
 def test_train_as_a_student_calls_it():
     torch.manual_seed(1)
@@ -69,8 +69,10 @@ def test_train_as_a_student_calls_it():
             losses.append(error.item())
     expected = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
     assert loss == pytest.approx(expected[1], rel=1e-4)
-    assert [(tag, step) for tag, _, step in writer.seen] == [('training loss', 1),
-                                                             ('training loss', 2)]
+    assert [(tag, step) for tag, _, step in writer.seen] == [
+        ('training loss', 1),
+        ('training loss', 2),
+    ]
     assert [value for _, value, _ in writer.seen] == pytest.approx(expected, rel=1e-4)
 
 
@@ -121,8 +123,9 @@ def test_a_stop_finishes_the_step_and_tells_the_place():
 
     net, progress = UNet(), Progress()
     with pytest.raises(Stopped):
-        colorize.train_epoch(net, torch.optim.Adam(net.parameters()), batches(), progress,
-                             stop=Stop())
+        colorize.train_epoch(
+            net, torch.optim.Adam(net.parameters()), batches(), progress, stop=Stop()
+        )
     assert (progress.epoch, progress.step, progress.photos) == (0, 2, 8)
 
 
@@ -134,8 +137,9 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
         net = UNet()
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for epoch in range(2):
-            loss = colorize.train_epoch(net, optimizer, batches(2, 8), Progress(epoch),
-                                        colorize.Recipe(precision))
+            loss = colorize.train_epoch(
+                net, optimizer, batches(2, 8), Progress(epoch), colorize.Recipe(precision)
+            )
         losses.append(loss)
         assert all(p.dtype == torch.float32 for p in net.parameters())
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
@@ -143,14 +147,29 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
 
 # ---------------------------------------------------------------------------- whole runs
 
+
 @pytest.fixture(scope='module')
 def trained(drawings, tmp_path_factory):
     """The folder of a run of two epochs in a process of its own, which prints into `log`."""
     folder = tmp_path_factory.mktemp('trained')
     with open(folder / 'log', 'w') as log:
-        subprocess.run([sys.executable, ROOT / 'colorize.py', '--data_path', drawings, *FLAGS,
-                        '--epochs', '2', '--val_fraction', '0.4'],
-                       cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / 'colorize.py',
+                '--data_path',
+                drawings,
+                *FLAGS,
+                '--epochs',
+                '2',
+                '--val_fraction',
+                '0.4',
+            ],
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
     return folder
 
 
@@ -172,8 +191,11 @@ def test_a_log_file_has_a_line_an_epoch_and_what_comes_next(trained):
     page = events(trained / 'runs/UNet')
     for number, words in enumerate(epochs):
         value = {tag: series(page, tag)[number][1] for tag in TAGS}
-        assert words[:3] == [f'{number + 1}/2', f'{value["training loss"]:.5f}',
-                             f'{value["validation loss"]:.5f}']
+        assert words[:3] == [
+            f'{number + 1}/2',
+            f'{value["training loss"]:.5f}',
+            f'{value["validation loss"]:.5f}',
+        ]
         assert f'{value[GAIN]:+.2f}' in words
         assert f'{value["photos per second"]:.1f}' in words
     assert 'tensorboard --logdir runs --port 8898' in text and 'python predict.py' in text
@@ -197,8 +219,10 @@ def test_tensorboard_has_scalars_grids_graph_and_settings(trained):
         assert [step for step, _ in series(page, tag)] == [1, 2]
     for tag in IMAGES:
         assert [event.step for event in page.Images(tag)] == [1, 2]
-    first, last = ([pixels(page.Images(tag)[n]) for tag in ('Input', 'Ground truth', 'Predicted')]
-                   for n in (0, 1))
+    first, last = (
+        [pixels(page.Images(tag)[n]) for tag in ('Input', 'Ground truth', 'Predicted')]
+        for n in (0, 1)
+    )
     assert torch.equal(first[0], last[0]) and torch.equal(first[1], last[1])
     assert not torch.equal(first[2], last[2])
     # the input is undone from [-1, 1]: it is the truth's own gray, but for the JPEG's losses
@@ -214,8 +238,10 @@ def test_tensorboard_has_scalars_grids_graph_and_settings(trained):
 def test_without_validation_the_last_weights_are_saved(train, tmp_path):
     assert '56 photos to train on, 0 held out' in train('--val_fraction', 0, '--epochs', 2).out
     weights = load(tmp_path / 'unet.pth')
-    assert all(torch.equal(weights[name], value)
-               for name, value in load(tmp_path / CHECKPOINT)['net'].items())
+    assert all(
+        torch.equal(weights[name], value)
+        for name, value in load(tmp_path / CHECKPOINT)['net'].items()
+    )
     assert 'validation loss' not in curves(tmp_path)
 
 
@@ -251,10 +277,13 @@ def test_photos_that_cannot_be_read_are_named_and_counted(train, drawings, tmp_p
     (data / 'words.jpg').write_text('not a photo')
     (data / 'empty.png').touch()
     printed = train('--data_path', data, '--epochs', 1, *way)
-    assert printed.err.splitlines() == ["skipped 'empty.png': no photo that Pillow can read",
-                                        "skipped 'words.jpg': no photo that Pillow can read"]
+    assert printed.err.splitlines() == [
+        "skipped 'empty.png': no photo that Pillow can read",
+        "skipped 'words.jpg': no photo that Pillow can read",
+    ]
     assert (tmp_path / 'runs/UNet/skipped.txt').read_text().splitlines() == [
-        line.removeprefix('skipped ') for line in printed.err.splitlines()]
+        line.removeprefix('skipped ') for line in printed.err.splitlines()
+    ]
 
 
 def test_streaming_gives_the_same_weights(train, tmp_path, monkeypatch):
@@ -305,6 +334,7 @@ def test_a_run_in_float16_goes_on_with_its_scaler(train, tmp_path):
 
 # ---------------------------------------------------------------------------- the weights
 
+
 def test_best_weights_are_kept(train, tmp_path):
     plain = '--colorfulness_weight', 0  # the best then has the lowest validation loss
     train('--epochs', 2, *plain)
@@ -319,8 +349,9 @@ def test_best_weights_are_kept(train, tmp_path):
 
 def test_every_run_keeps_its_weights_and_unet_pth_is_the_latest_one_s(train, tmp_path):
     def weights():
-        return [(tmp_path / name).read_bytes()
-                for name in ('unet.pth', WEIGHTS, 'runs/UNet_2/unet.pth')]
+        return [
+            (tmp_path / name).read_bytes() for name in ('unet.pth', WEIGHTS, 'runs/UNet_2/unet.pth')
+        ]
 
     train('--epochs', 1)
     assert 'logging in runs/UNet_2' in train('--epochs', 1, '--seed', 1).out
@@ -343,28 +374,35 @@ def test_weights_from_elsewhere_are_renamed_and_kept(train, tmp_path):
 
 # ---------------------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize('flags, names', [
-    (['--data_path', 'nowhere'], ['nowhere', './download_landscapes.sh', '--demo']),
-    (['--data_path', 'file.jpg'], ['file.jpg', 'a file', '--data_path']),
-    (['--data_path', 'empty'], ['empty', 'no photos']),
-    (['--data_path', 'three', '--val_fraction', '0.01'], ['--val_fraction 0.01', '3 photos']),
-    (['--data_path', 'three', '--val_fraction', '1'], ['--val_fraction', 'below 1']),
-    (['--data_path', 'three', '--val_fraction', '0'], ['no training photo', 'Pillow']),
-    (['--batch_size', '0'], ['--batch_size', '0 is not a whole number above 0']),
-    (['--batch_size', 'many'], ['--batch_size', 'many is not']),
-    (['--epochs', '-1'], ['--epochs', '-1 is not']),
-    (['--lr', 'nan'], ['--lr', 'nan is not a number above 0']),
-    (['--lr', '0'], ['--lr', '0 is not']),
-    (['--lr', 'inf'], ['--lr', 'inf is not']),
-    (['--image_size', '225'], ['--image_size', '225 is not a multiple of 8']),
-    (['--num_workers', '-1'], ['--num_workers', '-1 is not']),
-    (['--seed', 'x'], ['--seed', 'x is not']),
-    (['--name', '../up'], ['--name', '../up']),
-    (['--device', 'tpu'], ['--device', 'tpu']),
-    (['--epoch', '3'], ['--epoch']),
-    pytest.param(['--device', 'cuda'], ['--device cuda', 'nvidia-smi', '--device cpu'],
-                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
-])
+
+@pytest.mark.parametrize(
+    'flags, names',
+    [
+        (['--data_path', 'nowhere'], ['nowhere', './download_landscapes.sh', '--demo']),
+        (['--data_path', 'file.jpg'], ['file.jpg', 'a file', '--data_path']),
+        (['--data_path', 'empty'], ['empty', 'no photos']),
+        (['--data_path', 'three', '--val_fraction', '0.01'], ['--val_fraction 0.01', '3 photos']),
+        (['--data_path', 'three', '--val_fraction', '1'], ['--val_fraction', 'below 1']),
+        (['--data_path', 'three', '--val_fraction', '0'], ['no training photo', 'Pillow']),
+        (['--batch_size', '0'], ['--batch_size', '0 is not a whole number above 0']),
+        (['--batch_size', 'many'], ['--batch_size', 'many is not']),
+        (['--epochs', '-1'], ['--epochs', '-1 is not']),
+        (['--lr', 'nan'], ['--lr', 'nan is not a number above 0']),
+        (['--lr', '0'], ['--lr', '0 is not']),
+        (['--lr', 'inf'], ['--lr', 'inf is not']),
+        (['--image_size', '225'], ['--image_size', '225 is not a multiple of 8']),
+        (['--num_workers', '-1'], ['--num_workers', '-1 is not']),
+        (['--seed', 'x'], ['--seed', 'x is not']),
+        (['--name', '../up'], ['--name', '../up']),
+        (['--device', 'tpu'], ['--device', 'tpu']),
+        (['--epoch', '3'], ['--epoch']),
+        pytest.param(
+            ['--device', 'cuda'],
+            ['--device cuda', 'nvidia-smi', '--device cpu'],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
+        ),
+    ],
+)
 def test_a_wrong_request_gets_one_line(tmp_path, capfd, flags, names):
     (tmp_path / 'file.jpg').touch()
     (tmp_path / 'empty').mkdir()

@@ -35,9 +35,16 @@ def stripes(size=(40, 24)):
 
 # ---------------------------------------------------------------------------- load_photo
 
-TURNS = [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90,
-         Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270]
+TURNS = [
+    None,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_270,
+]
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -51,17 +58,30 @@ def test_orientation_is_applied(tmp_path, orientation):
     assert load_photo(tmp_path / 'a.png').tobytes() == stripes().tobytes()
 
 
-@pytest.mark.parametrize('mode, value, rgb', [
-    ('1', 1, (255, 255, 255)), ('L', 77, (77, 77, 77)), ('RGB', (1, 2, 3), (1, 2, 3)),
-    ('LA', (0, 0), (255, 255, 255)), ('LA', (100, 255), (100, 100, 100)),
-    ('RGBA', (255, 0, 0, 255), (255, 0, 0)), ('RGBA', (9, 9, 9, 0), (255, 255, 255)),
-    ('RGBA', (0, 0, 0, 127), (128, 128, 128)),
-    ('CMYK', (0, 0, 0, 0), (255, 255, 255)), ('CMYK', (255, 0, 0, 0), (0, 255, 255)),
-    ('I;16', 65535, (255, 255, 255)), ('I;16', 32768, (128, 128, 128)), ('I;16', 255, (1, 1, 1)),
-    ('I', 65535, (255, 255, 255)), ('I', 2 ** 31 - 1, (255, 255, 255)),
-    ('F', 1.0, (255, 255, 255)), ('F', 0.5, (128, 128, 128)), ('F', 200.0, (200, 200, 200)),
-    ('F', -1.0, (0, 0, 0)),
-])
+@pytest.mark.parametrize(
+    'mode, value, rgb',
+    [
+        ('1', 1, (255, 255, 255)),
+        ('L', 77, (77, 77, 77)),
+        ('RGB', (1, 2, 3), (1, 2, 3)),
+        ('LA', (0, 0), (255, 255, 255)),
+        ('LA', (100, 255), (100, 100, 100)),
+        ('RGBA', (255, 0, 0, 255), (255, 0, 0)),
+        ('RGBA', (9, 9, 9, 0), (255, 255, 255)),
+        ('RGBA', (0, 0, 0, 127), (128, 128, 128)),
+        ('CMYK', (0, 0, 0, 0), (255, 255, 255)),
+        ('CMYK', (255, 0, 0, 0), (0, 255, 255)),
+        ('I;16', 65535, (255, 255, 255)),
+        ('I;16', 32768, (128, 128, 128)),
+        ('I;16', 255, (1, 1, 1)),
+        ('I', 65535, (255, 255, 255)),
+        ('I', 2**31 - 1, (255, 255, 255)),
+        ('F', 1.0, (255, 255, 255)),
+        ('F', 0.5, (128, 128, 128)),
+        ('F', 200.0, (200, 200, 200)),
+        ('F', -1.0, (0, 0, 0)),
+    ],
+)
 def test_every_mode_becomes_rgb(tmp_path, mode, value, rgb):
     Image.new(mode, (8, 8), value).save(tmp_path / 'a.tif')
     photo = load_photo(tmp_path / 'a.tif')
@@ -95,7 +115,7 @@ def test_what_is_no_photo_is_an_oserror(tmp_path, content):
 def test_a_truncated_photo_and_a_bomb_are_oserrors(tmp_path, monkeypatch):
     stripes((400, 400)).save(tmp_path / 'a.jpg')
     data = (tmp_path / 'a.jpg').read_bytes()
-    (tmp_path / 'half.jpg').write_bytes(data[:len(data) // 2])
+    (tmp_path / 'half.jpg').write_bytes(data[: len(data) // 2])
     with pytest.raises(OSError, match='truncated'):
         load_photo(tmp_path / 'half.jpg')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
@@ -105,9 +125,19 @@ def test_a_truncated_photo_and_a_bomb_are_oserrors(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------- list_photos
 
+
 def test_listing_passes_over_what_is_no_photo(tmp_path):
-    for name in ('b.JPG', 'x/a.jpg', 'x/y/deep.png', '.hidden.jpg', '._b.JPG', 'notes.txt',
-                 '__MACOSX/x/a.jpg', '.git/a.jpg', 'ä ö/ü.webp'):
+    for name in (
+        'b.JPG',
+        'x/a.jpg',
+        'x/y/deep.png',
+        '.hidden.jpg',
+        '._b.JPG',
+        'notes.txt',
+        '__MACOSX/x/a.jpg',
+        '.git/a.jpg',
+        'ä ö/ü.webp',
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list_photos(tmp_path) == ['b.JPG', 'x/a.jpg', 'x/y/deep.png', 'ä ö/ü.webp']
@@ -134,10 +164,17 @@ def test_refusals_name_the_folder_and_the_remedy(tmp_path):
 
 # ---------------------------------------------------------------------------- the course's loader
 
+
 def course_transforms(size):
     color = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
-    gray = transforms.Compose([transforms.Resize((size, size)), transforms.Grayscale(),
-                               transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+    gray = transforms.Compose(
+        [
+            transforms.Resize((size, size)),
+            transforms.Grayscale(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
     return gray, color
 
 
@@ -159,6 +196,7 @@ def test_image_folder_without_class_folders(tmp_path):
 
 
 # ---------------------------------------------------------------------------- the photos of a run
+
 
 def test_holding_out_goes_by_the_path_alone():
     names = [f'lake/{n}.jpg' for n in range(4000)]
@@ -196,8 +234,10 @@ def test_the_fast_loaders_agree_with_torchvision(photos, drawings):
 
 def both_loaders(drawings, **kwargs):
     folder = PhotoFolder(drawings, 16, num_workers=2)
-    return [PhotoLoader(photos, list(range(50)), 8, **kwargs)
-            for photos in (load_photos(folder, CPU), folder)]
+    return [
+        PhotoLoader(photos, list(range(50)), 8, **kwargs)
+        for photos in (load_photos(folder, CPU), folder)
+    ]
 
 
 def test_memory_and_stream_give_the_same_batches_in_the_same_order(drawings):
@@ -282,10 +322,12 @@ def test_a_photo_that_is_lost_while_streaming_is_named_once(tmp_path, capsys):
     assert capsys.readouterr().err == "skipped '3.png': no such file\n"
 
 
-@pytest.mark.parametrize('free, held', [(2 * 56 * 3 * 8 * 8 + 1, PhotosInMemory),
-                                        (2 * 56 * 3 * 8 * 8, PhotoFolder)])
-def test_photos_that_take_half_of_the_free_memory_are_streamed(drawings, monkeypatch, capsys, free,
-                                                               held):
+@pytest.mark.parametrize(
+    'free, held', [(2 * 56 * 3 * 8 * 8 + 1, PhotosInMemory), (2 * 56 * 3 * 8 * 8, PhotoFolder)]
+)
+def test_photos_that_take_half_of_the_free_memory_are_streamed(
+    drawings, monkeypatch, capsys, free, held
+):
     monkeypatch.setattr(data_utils, 'free_memory', lambda device: free)
     photos = load_photos(PhotoFolder(drawings, 8), CPU)
     assert type(photos) is held
@@ -301,8 +343,14 @@ def test_the_order_does_not_hang_on_random_state(drawings):
     assert all(torch.equal(a, b) for a, (_, b) in zip(first, memory, strict=True))
 
 
-@pytest.mark.parametrize('held_out, shown', [(3, [0, 1, 2]), (16, list(range(16))), (
-    20, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18])])
+@pytest.mark.parametrize(
+    'held_out, shown',
+    [
+        (3, [0, 1, 2]),
+        (16, list(range(16))),
+        (20, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18]),
+    ],
+)
 def test_sixteen_held_out_photos_are_shown_where_there_are_so_many(drawings, held_out, shown):
     folder = PhotoFolder(drawings, 8)
     data = Data(load_photos(folder, CPU), ([50, 51], list(range(held_out))), folder, 8, CPU, 0)

@@ -1,4 +1,5 @@
 """demo_landscapes.py: the same drawings from the same seed, its command line, two calls at once."""
+
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ from demo_landscapes import KINDS, draw_landscape, draw_landscapes
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*')
-            if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()
+    }
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -65,6 +67,7 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
         if kind == KINDS[-1]:
             raise KeyboardInterrupt
         return draw_landscape(kind, rng)
+
     monkeypatch.setattr(demo_landscapes, 'draw_landscape', interrupt)
     with pytest.raises(KeyboardInterrupt):
         draw_landscapes(tmp_path / 'demo', per_kind=1)
@@ -73,11 +76,13 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
 
 def test_whoever_comes_second_keeps_what_is_there(tmp_path, monkeypatch):
     """The first call ends while the second draws its last kind."""
+
     def first_ends(kind, rng):
         if kind == KINDS[-1]:
             monkeypatch.undo()
             draw_landscapes(tmp_path / 'demo', per_kind=2)
         return draw_landscape(kind, rng)
+
     monkeypatch.setattr(demo_landscapes, 'draw_landscape', first_ends)
     assert draw_landscapes(tmp_path / 'demo', per_kind=1, seed=1) == 14
     draw_landscapes(tmp_path / 'expected', per_kind=2)
@@ -87,8 +92,12 @@ def test_whoever_comes_second_keeps_what_is_there(tmp_path, monkeypatch):
 
 def test_two_programs_at_once(tmp_path):
     command = [sys.executable, ROOT / 'demo_landscapes.py', 'demo', '--per_kind', '2']
-    both = [subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
     for program in both:
         out, err = program.communicate(timeout=120)
         assert (program.returncode, err) == (0, '')
@@ -116,13 +125,17 @@ def test_help_draws_nothing(run, tmp_path, flag):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('words, said', [
-    (['--per_kind', 0], '--per_kind must be at least 1, not 0'),
-    (['--per_kind', 'x'], "argument --per_kind: invalid int value: 'x'"),
-    (['--seed', -1], '--seed must be 0 or above, not -1'),
-    (['--per', 3], 'unrecognized arguments: --per'),
-    (['a', 'b'], 'unrecognized arguments: b'),
-    ([''], 'the folder has no name')])
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['--per_kind', 0], '--per_kind must be at least 1, not 0'),
+        (['--per_kind', 'x'], "argument --per_kind: invalid int value: 'x'"),
+        (['--seed', -1], '--seed must be 0 or above, not -1'),
+        (['--per', 3], 'unrecognized arguments: --per'),
+        (['a', 'b'], 'unrecognized arguments: b'),
+        ([''], 'the folder has no name'),
+    ],
+)
 def test_wrong_arguments(run, tmp_path, words, said):
     done = run('demo_landscapes.py', *words, code=2)
     assert (done.stdout, done.stderr) == ('', f'demo_landscapes.py: {said}\n')
@@ -135,8 +148,10 @@ def test_a_place_that_is_taken(run, tmp_path):
     before = contents(tmp_path)
     for place in 'notes', 'notes/1.txt':
         done = run('demo_landscapes.py', place, code=2)
-        assert done.stderr == (f'demo_landscapes.py: {place} has no pictures, and is no empty '
-                               'folder: name another one\n')
+        assert done.stderr == (
+            f'demo_landscapes.py: {place} has no pictures, and is no empty '
+            'folder: name another one\n'
+        )
     done = run('demo_landscapes.py', 'notes/1.txt/demo', code=1)
     assert done.stderr == f'demo_landscapes.py: {tmp_path}/notes/1.txt: File exists\n'
     assert contents(tmp_path) == before

@@ -1,4 +1,5 @@
 """The device's branches, on a CPU: what a GPU would answer is patched in."""
+
 import importlib.util
 import re
 from pathlib import Path
@@ -32,13 +33,17 @@ CPU, CUDA, MPS = map(torch.device, ('cpu', 'cuda', 'mps'))
 @pytest.fixture
 def gpus(monkeypatch):
     """gpus(count, capability): torch sees so many GPUs of that compute capability."""
+
     def gpus(count, capability=(8, 0)):
         chosen = []
         for name, answer in dict(
-                is_available=lambda: count > 0, device_count=lambda: count,
-                set_device=chosen.append, get_device_name=lambda device: f'GPU {device.index}',
-                get_device_capability=lambda device: capability,
-                mem_get_info=lambda device: (10 ** 9, 2 * 10 ** 9)).items():
+            is_available=lambda: count > 0,
+            device_count=lambda: count,
+            set_device=chosen.append,
+            get_device_name=lambda device: f'GPU {device.index}',
+            get_device_capability=lambda device: capability,
+            mem_get_info=lambda device: (10**9, 2 * 10**9),
+        ).items():
             monkeypatch.setattr(torch.cuda, name, answer)
         return chosen
 
@@ -52,6 +57,7 @@ def apple_gpu(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- devices
+
 
 def test_each_process_takes_the_gpu_of_its_rank(gpus):
     chosen = gpus(2)
@@ -86,27 +92,42 @@ def test_the_backends_of_several_processes(monkeypatch, device, backends):
     started = []
     monkeypatch.setattr(distributed, 'world_size', 2)
     monkeypatch.setattr(dist, 'rendezvous', lambda url: iter([('store', 0, 2)]))
-    monkeypatch.setattr(dist, 'init_process_group', lambda name, **kwargs: started.append(
-        (name, kwargs)))
+    monkeypatch.setattr(
+        dist, 'init_process_group', lambda name, **kwargs: started.append((name, kwargs))
+    )
     distributed.init(device)
     assert started == [(backends, dict(store='store', rank=0, world_size=2))]
 
 
 # ---------------------------------------------------------------------------- precision
 
-@pytest.mark.parametrize('capability, name', [
-    ((6, 1), 'fp32'), ((7, 0), 'fp16'), ((7, 5), 'fp16'), ((8, 0), 'bf16'), ((8, 9), 'bf16'),
-    ((9, 0), 'bf16'), ((12, 0), 'bf16')])
+
+@pytest.mark.parametrize(
+    'capability, name',
+    [
+        ((6, 1), 'fp32'),
+        ((7, 0), 'fp16'),
+        ((7, 5), 'fp16'),
+        ((8, 0), 'bf16'),
+        ((8, 9), 'bf16'),
+        ((9, 0), 'bf16'),
+        ((12, 0), 'bf16'),
+    ],
+)
 def test_the_fastest_precision_of_a_gpu(gpus, capability, name):
     gpus(1, capability)
     assert Precision.fastest(CUDA) == name
 
 
-@pytest.mark.parametrize('capabilities, name', [
-    (dict(avx2=True, avx512_bf16=False, amx_bf16=False), 'fp32'),
-    (dict(avx2=True, avx512_bf16=True), 'bf16'),
-    (dict(architecture='aarch64', bf16=True), 'bf16'),
-    (dict(architecture='bf16', bf16=False), 'fp32')])
+@pytest.mark.parametrize(
+    'capabilities, name',
+    [
+        (dict(avx2=True, avx512_bf16=False, amx_bf16=False), 'fp32'),
+        (dict(avx2=True, avx512_bf16=True), 'bf16'),
+        (dict(architecture='aarch64', bf16=True), 'bf16'),
+        (dict(architecture='bf16', bf16=False), 'fp32'),
+    ],
+)
 def test_the_fastest_precision_of_a_cpu(monkeypatch, capabilities, name):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
     assert Precision.fastest(CPU) == name
@@ -119,6 +140,7 @@ def test_an_older_torch_cannot_tell_what_a_cpu_is_fast_in(monkeypatch):
 
 def refuse_mps(monkeypatch):
     """Make torch.autocast refuse an Apple GPU, as torch 2.4 does."""
+
     def autocast(kind, *args, accept=torch.autocast, **kwargs):
         if kind == 'mps':
             raise RuntimeError("User specified an unsupported autocast device_type 'mps'")
@@ -139,13 +161,21 @@ def test_nothing_is_cast_on_an_apple_gpu(monkeypatch):
 
 def test_a_precision_that_torch_refuses_is_a_wrong_request(monkeypatch):
     refuse_mps(monkeypatch)
-    with pytest.raises(UsageError, match="--precision bf16: torch .* cannot on this mps device; "
-                                         '--precision fp32 works'):
+    with pytest.raises(
+        UsageError,
+        match='--precision bf16: torch .* cannot on this mps device; --precision fp32 works',
+    ):
         Precision('bf16', 'mps')
 
 
-@pytest.mark.parametrize('name, dtype, scales', [
-    ('fp32', torch.float32, False), ('bf16', torch.bfloat16, False), ('fp16', torch.float16, True)])
+@pytest.mark.parametrize(
+    'name, dtype, scales',
+    [
+        ('fp32', torch.float32, False),
+        ('bf16', torch.bfloat16, False),
+        ('fp16', torch.float16, True),
+    ],
+)
 def test_each_precision_computes_in_its_numbers(name, dtype, scales):
     precision = Precision(name)
     with precision.autocast:
@@ -155,15 +185,30 @@ def test_each_precision_computes_in_its_numbers(name, dtype, scales):
 
 # ---------------------------------------------------------------------------- compiling
 
+
 @pytest.fixture
 def program(drawings, tmp_path, monkeypatch):
     """program(flags...): the exit code of colorize.py on eight drawings, called in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it would outlast the test
     monkeypatch.setattr(colorize, 'StopSignal', lambda: SimpleNamespace(signum=0))
-    return lambda *flags: colorize.main([
-        '--data_path', str(drawings / 'lake'), '--image_size', '8', '--val_fraction', '0',
-        '--device', 'cpu', '--num_workers', '0', '--precision', 'fp32', *flags])
+    return lambda *flags: colorize.main(
+        [
+            '--data_path',
+            str(drawings / 'lake'),
+            '--image_size',
+            '8',
+            '--val_fraction',
+            '0',
+            '--device',
+            'cpu',
+            '--num_workers',
+            '0',
+            '--precision',
+            'fp32',
+            *flags,
+        ]
+    )
 
 
 class CountingBackend:
@@ -182,6 +227,7 @@ class CountingBackend:
             if torch.is_grad_enabled():
                 self.runs.append((number, len(photos)))
             return graph(*values)
+
         return run
 
 
@@ -189,8 +235,9 @@ def test_full_batches_run_their_own_graph_in_every_epoch(program, monkeypatch):
     """The smaller last batch must not lead to one graph for batches of any size."""
     torch._dynamo.reset()
     backend, compile_net = CountingBackend(), UNet.compile
-    monkeypatch.setattr(UNet, 'compile',
-                        lambda net, **kwargs: compile_net(net, backend=backend, **kwargs))
+    monkeypatch.setattr(
+        UNet, 'compile', lambda net, **kwargs: compile_net(net, backend=backend, **kwargs)
+    )
     assert program('--compile', '--epochs', '3', '--batch_size', '3') == 0
     assert backend.symbolic == []
     graphs = {size: number for number, size in backend.runs}
@@ -203,14 +250,16 @@ def test_compiled_training_is_the_same_training(program, monkeypatch):
     """On the CPU, by the backend that traces forward and backward pass and compiles nothing."""
     torch._dynamo.reset()
     compile_net, losses = UNet.compile, []
-    monkeypatch.setattr(UNet, 'compile',
-                        lambda net, **kwargs: compile_net(net, backend='aot_eager', **kwargs))
+    monkeypatch.setattr(
+        UNet, 'compile', lambda net, **kwargs: compile_net(net, backend='aot_eager', **kwargs)
+    )
     for flags in [], ['--compile']:
         assert program('--epochs', '2', '--batch_size', '3', *flags) == 0
         losses.append(torch.load('runs/UNet/unet.pth', weights_only=True))
         Path('runs').rename(f'runs{len(losses)}')
-    assert all((a - b).abs().max() < 1e-4
-               for a, b in zip(*(loss.values() for loss in losses), strict=True))
+    assert all(
+        (a - b).abs().max() < 1e-4 for a, b in zip(*(loss.values() for loss in losses), strict=True)
+    )
 
 
 def test_a_compiler_that_works_is_accepted():
@@ -220,6 +269,7 @@ def test_a_compiler_that_works_is_accepted():
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
     """compiler(exit_code): what torch takes for its compilers ends with that code."""
+
     def compiler(exit_code):
         script = tmp_path / 'compiler'
         script.write_text(f'#!/bin/sh\nexit {exit_code}\n')
@@ -252,8 +302,11 @@ def test_what_torch_compile_needs_is_named(gpus, compiler, monkeypatch, device):
 
 def test_a_gpu_that_triton_cannot_use(gpus, monkeypatch):
     gpus(1, (6, 1))
-    with pytest.raises(UsageError, match='--compile: GPU 0 is too old for triton, which needs '
-                                         'compute capability 7.0; leave --compile out'):
+    with pytest.raises(
+        UsageError,
+        match='--compile: GPU 0 is too old for triton, which needs '
+        'compute capability 7.0; leave --compile out',
+    ):
         check_compiler(torch.device('cuda', 0))
     gpus(1, (7, 0))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
@@ -271,7 +324,8 @@ def test_a_python_that_torch_compile_does_not_know(monkeypatch):
 
 
 def test_the_program_refuses_to_compile_before_it_starts(
-        program, compiler, monkeypatch, tmp_path, capsys):
+    program, compiler, monkeypatch, tmp_path, capsys
+):
     def too_late(*_, **__):
         raise AssertionError('the run has started')
 
@@ -284,6 +338,7 @@ def test_the_program_refuses_to_compile_before_it_starts(
 
 
 # ---------------------------------------------------------------------------- resuming elsewhere
+
 
 def state_of(fused, lr=1e-3, precision='fp32'):
     torch.manual_seed(0)
@@ -301,8 +356,9 @@ def take_steps(state, precision, steps=2):
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
-@pytest.mark.parametrize('before, after', [(False, True), (True, False)],
-                         ids=['from MPS', 'to MPS'])
+@pytest.mark.parametrize(
+    'before, after', [(False, True), (True, False)], ids=['from MPS', 'to MPS']
+)
 def test_resuming_on_another_kind_of_device(tmp_path, before, after, precision):
     """The moments come from the checkpoint; the learning rate, fused or not, from the run."""
     old = state_of(before, lr=0.5)
@@ -310,7 +366,7 @@ def test_resuming_on_another_kind_of_device(tmp_path, before, after, precision):
     old.save(tmp_path / 'checkpoint.pth')
     new = state_of(after, lr=1e-3, precision=precision)
     new.restore(torch.load(tmp_path / 'checkpoint.pth', weights_only=True))
-    group, = new.optimizer.param_groups
+    (group,) = new.optimizer.param_groups
     assert (group['fused'], group['lr']) == (after, 1e-3)
     for parameter, saved in zip(new.net.parameters(), old.net.parameters(), strict=True):
         assert torch.equal(parameter, saved)
@@ -336,6 +392,7 @@ def test_a_run_goes_on_in_another_precision(program, first, second):
 
 
 # ---------------------------------------------------------------------------- to and fro
+
 
 @pytest.fixture
 def copies(monkeypatch):
@@ -380,6 +437,7 @@ def test_photos_are_mirrored_on_the_device(drawings, copies, in_memory):
 
 class Waits(TorchFunctionMode):
     """The calls that make the host wait for a GPU."""
+
     NAMES = {'cpu', 'item', 'tolist', 'numpy', '__bool__', '__float__', '__int__', 'nonzero'}
 
     def __init__(self):
@@ -413,17 +471,23 @@ def test_a_training_step_does_not_wait():
 
 # ---------------------------------------------------------------------------- memory
 
+
 def test_the_free_memory_of_each_device(gpus, monkeypatch):
     gpus(1)
-    assert free_memory(CUDA) == 10 ** 9
+    assert free_memory(CUDA) == 10**9
     monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 9, raising=False)
     monkeypatch.setattr(torch.mps, 'current_allocated_memory', lambda: 2)
     assert free_memory(MPS) == 7
 
 
-@pytest.mark.parametrize('free, home', [
-    (dict(cuda=9000, cpu=9000), 'cuda'), (dict(cuda=100, cpu=9000), 'cpu'),
-    (dict(cuda=100, cpu=100), None)])
+@pytest.mark.parametrize(
+    'free, home',
+    [
+        (dict(cuda=9000, cpu=9000), 'cuda'),
+        (dict(cuda=100, cpu=9000), 'cpu'),
+        (dict(cuda=100, cpu=100), None),
+    ],
+)
 def test_photos_go_where_there_is_room(drawings, monkeypatch, capsys, free, home):
     folder = PhotoFolder(drawings, 8)
     folder.keep(range(20))  # 3840 bytes; half of what is free may be taken
@@ -435,47 +499,99 @@ def test_photos_go_where_there_is_room(drawings, monkeypatch, capsys, free, home
 
 # ---------------------------------------------------------------------------- errors of a device
 
-OTHERS = ('out of memory on the GPU: if nvidia-smi shows another program there, end that; else try '
-          '--batch_size 16 or less')
+OTHERS = (
+    'out of memory on the GPU: if nvidia-smi shows another program there, end that; else try '
+    '--batch_size 16 or less'
+)
 SMALLER = 'out of memory with --batch_size 32: try --batch_size 16 or less'
 ADVICE = '\nCUDA kernel errors might be asynchronously reported at some other API call'
 
 
-@pytest.mark.parametrize('error, line', [
-    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total '
-                            'capacity of 15 GiB of which 1 GiB is free. Including non-PyTorch '
-                            'memory, this process has 14 GiB memory in use.'), SMALLER),
-    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total '
-                            'capacity of 15 GiB of which 1 GiB is free. Process 4711 has 12 GiB '
-                            'memory in use.'), OTHERS),
-    (getattr(torch, 'AcceleratorError', RuntimeError)(f'CUDA error: out of memory{ADVICE}'),
-     OTHERS),
-    (RuntimeError('MPS backend out of memory (MPS allocated: 17.91 GB, other allocations: 1 MB, '
-                  'max allowed: 18.13 GB). Tried to allocate 9 GB on private pool.'), SMALLER),
-    (RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), SMALLER),
-    (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
-     OTHERS),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-     SMALLER),
-    (MemoryError(), SMALLER),
-    (RuntimeError(f'CUDA error: no kernel image is available for execution on the device{ADVICE}'),
-     f'torch {torch.__version__} was not built for this GPU: install one that was '
-     '(https://pytorch.org/get-started/previous-versions), or --device cpu'),
-], ids=['allocator', 'allocator, other program', 'CUDA', 'MPS', 'cuDNN', 'cuBLAS', 'host', 'Python',
-        'old GPU'])
+@pytest.mark.parametrize(
+    'error, line',
+    [
+        (
+            torch.OutOfMemoryError(
+                'CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total '
+                'capacity of 15 GiB of which 1 GiB is free. Including non-PyTorch '
+                'memory, this process has 14 GiB memory in use.'
+            ),
+            SMALLER,
+        ),
+        (
+            torch.OutOfMemoryError(
+                'CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total '
+                'capacity of 15 GiB of which 1 GiB is free. Process 4711 has 12 GiB '
+                'memory in use.'
+            ),
+            OTHERS,
+        ),
+        (
+            getattr(torch, 'AcceleratorError', RuntimeError)(f'CUDA error: out of memory{ADVICE}'),
+            OTHERS,
+        ),
+        (
+            RuntimeError(
+                'MPS backend out of memory (MPS allocated: 17.91 GB, other allocations: 1 MB, '
+                'max allowed: 18.13 GB). Tried to allocate 9 GB on private pool.'
+            ),
+            SMALLER,
+        ),
+        (RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), SMALLER),
+        (
+            RuntimeError(
+                'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'
+            ),
+            OTHERS,
+        ),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            SMALLER,
+        ),
+        (MemoryError(), SMALLER),
+        (
+            RuntimeError(
+                f'CUDA error: no kernel image is available for execution on the device{ADVICE}'
+            ),
+            f'torch {torch.__version__} was not built for this GPU: install one that was '
+            '(https://pytorch.org/get-started/previous-versions), or --device cpu',
+        ),
+    ],
+    ids=[
+        'allocator',
+        'allocator, other program',
+        'CUDA',
+        'MPS',
+        'cuDNN',
+        'cuBLAS',
+        'host',
+        'Python',
+        'old GPU',
+    ],
+)
 def test_errors_of_a_device_in_one_line(error, line):
     assert explain_error(error, 32, 4) == (1, line)
 
 
-@pytest.mark.parametrize('processes, batch_size, remedy', [
-    (1, 1, 'a smaller --image_size'), (1, 2, '--batch_size 1 or less'),
-    (4, 4, 'a smaller --image_size'), (4, 5, '--batch_size 2 or less')])
+@pytest.mark.parametrize(
+    'processes, batch_size, remedy',
+    [
+        (1, 1, 'a smaller --image_size'),
+        (1, 2, '--batch_size 1 or less'),
+        (4, 4, 'a smaller --image_size'),
+        (4, 5, '--batch_size 2 or less'),
+    ],
+)
 def test_the_batch_that_is_named_needs_less_memory(monkeypatch, processes, batch_size, remedy):
     """Where each process has one photo, no smaller batch does."""
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'get_world_size', lambda: processes)
     assert explain_error(MemoryError(), batch_size, 0) == (
-        1, f'out of memory with --batch_size {batch_size}: try {remedy}')
+        1,
+        f'out of memory with --batch_size {batch_size}: try {remedy}',
+    )
 
 
 def test_our_own_errors_keep_their_traceback():

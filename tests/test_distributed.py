@@ -1,4 +1,5 @@
 """Several processes on one CPU, as torchrun starts them."""
+
 import os
 import signal
 import subprocess
@@ -37,8 +38,13 @@ def difference(a, b):
 
 def torchrun(processes, folder, *words):
     folder.mkdir(exist_ok=True)
-    return subprocess.run([*TORCHRUN, f'--nproc_per_node={processes}', ROOT / 'colorize.py',
-                           *words], cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [*TORCHRUN, f'--nproc_per_node={processes}', ROOT / 'colorize.py', *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def test_any_number_of_processes_gives_the_same_run(flags, tmp_path):
@@ -82,8 +88,9 @@ def end(launcher):
 def launched(folder, *command):
     """A running torchrun whose lines can be read; a run that hangs is killed, and so ends."""
     folder.mkdir()
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as launcher:
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
         limit = threading.Timer(200, end, [launcher])
         limit.start()
         try:
@@ -109,8 +116,14 @@ def lines_until_the_end(launcher, number):
 
 @needs_proc
 def test_a_killed_process_is_restarted_and_nothing_is_lost(flags, whole, tmp_path):
-    with launched(tmp_path / 'killed', *TORCHRUN, '--nproc_per_node=2', '--max-restarts=1',
-                  ROOT / 'colorize.py', *flags) as launcher:
+    with launched(
+        tmp_path / 'killed',
+        *TORCHRUN,
+        '--nproc_per_node=2',
+        '--max-restarts=1',
+        ROOT / 'colorize.py',
+        *flags,
+    ) as launcher:
         output = ''.join(lines_until_the_end(launcher, signal.SIGKILL))
         assert launcher.wait(60) == 0, output
     assert output.count('photos to train on') == 2, output  # started twice
@@ -123,8 +136,9 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(flags, whole, tmp_pat
 @needs_proc
 def test_a_stop_reaches_all_processes_at_the_same_step(flags, whole, tmp_path):
     stopped = tmp_path / 'stopped'
-    with launched(stopped, *TORCHRUN, '--nproc_per_node=2', ROOT / 'colorize.py',
-                  *flags) as launcher:
+    with launched(
+        stopped, *TORCHRUN, '--nproc_per_node=2', ROOT / 'colorize.py', *flags
+    ) as launcher:
         output = ''.join(lines_until_the_end(launcher, signal.SIGTERM))  # one is told, both stop
     assert output.count('stopped in epoch') == 1, output
     assert 'colorize.py", line' not in output  # a traceback, but for torchrun's own

@@ -1,4 +1,5 @@
 """download_landscapes.sh, against a server of our own on the loopback."""
+
 import contextlib
 import hashlib
 import http.server
@@ -121,9 +122,14 @@ def environment(server, path=None, expect=None):
 
 def call(project, server, *flags, cwd=None, **kwargs):
     done = subprocess.run(
-        [project / 'download_landscapes.sh', *flags], cwd=cwd or project,
-        env=environment(server, **kwargs), stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=60)
+        [project / 'download_landscapes.sh', *flags],
+        cwd=cwd or project,
+        env=environment(server, **kwargs),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -168,10 +174,16 @@ def leave_part(project, data):
 
 @pytest.mark.parametrize('top', ['', 'landscapes_small/', 'data/landscapes/'])
 def test_photos_end_up_below_their_kind(project, server, top):
-    server.files[ARCHIVE] = make_zip({
-        **{top + name: data for name, data in PHOTOS.items()},
-        f'{top}.DS_Store': b'x', f'{top}city/._1.jpg': b'x', f'{top}.hidden/1.jpg': b'x',
-        f'__MACOSX/{top}city/._1.jpg': b'x', f'__MACOSX/{top}city/1.jpg': b'x'})
+    server.files[ARCHIVE] = make_zip(
+        {
+            **{top + name: data for name, data in PHOTOS.items()},
+            f'{top}.DS_Store': b'x',
+            f'{top}city/._1.jpg': b'x',
+            f'{top}.hidden/1.jpg': b'x',
+            f'__MACOSX/{top}city/._1.jpg': b'x',
+            f'__MACOSX/{top}city/1.jpg': b'x',
+        }
+    )
     assert call(project, server) == (0, GOOD_END, '')
     assert tree(project) == taken(PHOTOS)
     assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
@@ -218,7 +230,7 @@ def test_goes_on_where_the_connection_was_cut(project, server):
     assert err.startswith(said(f'cannot fetch {server.url} (curl: (18) ')[:-1])
     assert err.endswith('): call again to go on\n') and err.count('\n') == 1
     assert tree(project) == {PART}
-    assert (project / PART).read_bytes() == GOOD[:len(GOOD) // 2]
+    assert (project / PART).read_bytes() == GOOD[: len(GOOD) // 2]
     assert call(project, server) == (0, GOOD_END, '')
     assert server.requests == [(ARCHIVE, None), (ARCHIVE, f'bytes={len(GOOD) // 2}-')]
     assert tree(project) == taken(PHOTOS)
@@ -230,8 +242,11 @@ def test_killed_while_its_curl_lives_on(project, server):
     leave_part(project, GOOD[:100])
     server.cut, server.stall, server.stalled = True, threading.Event(), threading.Event()
     running = subprocess.Popen(
-        [project / 'download_landscapes.sh'], env=environment(server),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [project / 'download_landscapes.sh'],
+        env=environment(server),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     assert server.stalled.wait(60)
     running.kill()
     running.wait()
@@ -241,8 +256,9 @@ def test_killed_while_its_curl_lives_on(project, server):
     assert names(project / 'data') == ['.landscapes.lock', 'landscapes']
 
 
-@pytest.mark.parametrize('tool', [pytest.param('curl', marks=needs_curl),
-                                  pytest.param('wget', marks=needs_wget)])
+@pytest.mark.parametrize(
+    'tool', [pytest.param('curl', marks=needs_curl), pytest.param('wget', marks=needs_wget)]
+)
 @pytest.mark.parametrize('ranges', [True, False])
 @pytest.mark.parametrize('size', [100, len(GOOD), len(GOOD) + 100])
 def test_no_part_is_in_the_way_for_ever(project, server, tmp_path, size, ranges, tool):
@@ -251,8 +267,9 @@ def test_no_part_is_in_the_way_for_ever(project, server, tmp_path, size, ranges,
     path = tools_without(tmp_path / 'bin', {'curl': 'wget', 'wget': 'curl'}[tool])
     leave_part(project, bytes(size))  # the good part of another archive, say
     first = call(project, server, path=path)
-    refused = said(f'{server.url} is corrupted, its git blob id is not {blob_id(GOOD)}; '
-                   'removed: call again')
+    refused = said(
+        f'{server.url} is corrupted, its git blob id is not {blob_id(GOOD)}; removed: call again'
+    )
     assert first in [(0, GOOD_END, ''), (1, '', refused)]
     if first[0]:
         assert tree(project) == set()
@@ -290,25 +307,36 @@ def test_cleans_up_after_killed_calls(project, server):
 
 def test_corrupted(project, server):
     server.files[ARCHIVE] = GOOD[:-50] + b'!' + GOOD[-49:]
-    assert call(project, server, expect=blob_id(GOOD)) == (1, '', said(
-        f'{server.url} is corrupted, its git blob id is not {blob_id(GOOD)}; removed: call again'))
+    assert call(project, server, expect=blob_id(GOOD)) == (
+        1,
+        '',
+        said(
+            f'{server.url} is corrupted, its git blob id is not {blob_id(GOOD)}; '
+            'removed: call again'
+        ),
+    )
     assert tree(project) == set()
     assert not (project / 'data/landscapes').exists()
     server.files[ARCHIVE] = GOOD
     assert call(project, server) == (0, GOOD_END, '')
 
 
-@pytest.mark.parametrize('name', [
-    '../evil.jpg', 'city/../../evil.jpg', '{tmp}/evil.jpg', '..\\evil.jpg', 'C:/evil.jpg'])
+@pytest.mark.parametrize(
+    'name', ['../evil.jpg', 'city/../../evil.jpg', '{tmp}/evil.jpg', '..\\evil.jpg', 'C:/evil.jpg']
+)
 def test_names_that_climb_out(project, server, tmp_path, name):
     name = name.format(tmp=tmp_path)
     server.files[ARCHIVE] = make_zip({**PHOTOS, name: jpeg('black')})
     before = set(tmp_path.rglob('*'))
-    assert call(project, server) == (1, '', said(
-        f'cannot unpack {PART}: {name} is a link or lies outside the folder, '
-        'so take another copy'))
-    assert set(tmp_path.rglob('*')) - before == {
-        project / 'data', project / PART, project / LOCK}
+    assert call(project, server) == (
+        1,
+        '',
+        said(
+            f'cannot unpack {PART}: {name} is a link or lies outside the folder, '
+            'so take another copy'
+        ),
+    )
+    assert set(tmp_path.rglob('*')) - before == {project / 'data', project / PART, project / LOCK}
 
 
 def test_symlink(project, server):
@@ -319,22 +347,29 @@ def test_symlink(project, server):
     with zipfile.ZipFile(file, 'a') as archive:
         archive.writestr(link, '/etc/hostname')
     server.files[ARCHIVE] = file.getvalue()
-    assert call(project, server) == (1, '', said(
-        f'cannot unpack {PART}: city/link.jpg is a link or lies outside the folder, '
-        'so take another copy'))
+    assert call(project, server) == (
+        1,
+        '',
+        said(
+            f'cannot unpack {PART}: city/link.jpg is a link or lies outside the folder, '
+            'so take another copy'
+        ),
+    )
     assert tree(project) == {PART}
 
 
 def test_not_a_zip(project, server):
     server.files[ARCHIVE] = b'hello'
-    assert call(project, server) == (1, '', said(
-        f'cannot unpack {PART}: BadZipFile: File is not a zip file'))
+    assert call(project, server) == (
+        1,
+        '',
+        said(f'cannot unpack {PART}: BadZipFile: File is not a zip file'),
+    )
 
 
 def test_no_photos(project, server):
     server.files[ARCHIVE] = make_zip({'city/readme.txt': b'x', '__MACOSX/city/1.jpg': b'x'})
-    assert call(project, server) == (1, '', said(
-        f'cannot unpack {PART}: it has no photos to take'))
+    assert call(project, server) == (1, '', said(f'cannot unpack {PART}: it has no photos to take'))
     assert tree(project) == {PART}
 
 
@@ -356,8 +391,11 @@ def test_without_unzip(project, server, tmp_path):
 
 def test_without_curl_and_wget(project, server, tmp_path):
     path = tools_without(tmp_path / 'bin', 'curl', 'wget')
-    assert call(project, server, path=path) == (1, '', said(
-        'curl or wget is needed: install one of them'))
+    assert call(project, server, path=path) == (
+        1,
+        '',
+        said('curl or wget is needed: install one of them'),
+    )
     assert tree(project) == set()
 
 
@@ -367,8 +405,9 @@ def test_without_python(project, server, tmp_path):
     assert tree(project) == set()
 
 
-@pytest.mark.parametrize('tool', [pytest.param('curl', marks=needs_curl),
-                                  pytest.param('wget', marks=needs_wget)])
+@pytest.mark.parametrize(
+    'tool', [pytest.param('curl', marks=needs_curl), pytest.param('wget', marks=needs_wget)]
+)
 def test_unreachable(project, server, tmp_path, tool):
     path = tools_without(tmp_path / 'bin', {'curl': 'wget', 'wget': 'curl'}[tool])
     server.url = 'http://127.0.0.1:1/landscapes_small.zip'
@@ -391,10 +430,16 @@ def test_photos_of_the_user_are_left_alone(project, server):
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b'mine')
     assert call(project, server) == (
-        0, '1 photos already in data/landscapes: python colorize.py\n', '')
+        0,
+        '1 photos already in data/landscapes: python colorize.py\n',
+        '',
+    )
     mine.rename(mine.with_suffix('.tiff'))
-    assert call(project, server) == (2, '', said(
-        'data/landscapes has files but no jpg or png photos: move it away and call again'))
+    assert call(project, server) == (
+        2,
+        '',
+        said('data/landscapes has files but no jpg or png photos: move it away and call again'),
+    )
     assert tree(project) == {'data/landscapes/holiday/1.tiff'}
     assert server.requests == []
 
@@ -409,8 +454,11 @@ def test_an_empty_folder_is_filled(project, server):
 def serve_records(server, licenses):
     """licenses: {kind/key: (clean name, license)}"""
     for kind in KINDS:
-        records = {name.split('/')[1]: {'clean_name': clean, 'license': number}
-                   for name, (clean, number) in licenses.items() if name.startswith(kind + '/')}
+        records = {
+            name.split('/')[1]: {'clean_name': clean, 'license': number}
+            for name, (clean, number) in licenses.items()
+            if name.startswith(kind + '/')
+        }
         path = f'/landscapes/licenses/{kind}_photos_info.json'
         server.files[path] = json.dumps(records).encode()
 
@@ -418,11 +466,18 @@ def serve_records(server, licenses):
 def test_remixable(project, server):
     names = ['city/1.jpg', 'city/2.jpg', 'city/3.jpg', 'lake/1.jpg', 'lake/4.jpg', 'lake/6.jpg']
     server.files[ARCHIVE] = make_zip({f'landscapes_small/{n}': jpeg('red') for n in names})
-    serve_records(server, {
-        'city/1.jpg': ('1.jpg', '1'), 'city/2.jpg': ('2.jpg', '6'),
-        'city/a photo.jpg': ('3.jpg', '3'), 'lake/1.jpg': ('1.jpg', '3'),
-        'lake/a photo.jpg': ('4.jpg', '4'), 'lake/6.jpg': ('6.jpg', '10'),
-        'road/1.jpg': ('1.jpg', '1')})  # in the records only
+    serve_records(
+        server,
+        {
+            'city/1.jpg': ('1.jpg', '1'),
+            'city/2.jpg': ('2.jpg', '6'),
+            'city/a photo.jpg': ('3.jpg', '3'),
+            'lake/1.jpg': ('1.jpg', '3'),
+            'lake/a photo.jpg': ('4.jpg', '4'),
+            'lake/6.jpg': ('6.jpg', '10'),
+            'road/1.jpg': ('1.jpg', '1'),
+        },
+    )  # in the records only
     left = ['city/1.jpg', 'lake/4.jpg', 'lake/6.jpg']
     assert call(project, server, '--remixable') == (0, GOOD_END, '')
     assert tree(project) == taken(left) | {'data/landscapes/.remixable'}
@@ -433,14 +488,27 @@ def test_remixable(project, server):
     assert len(server.requests) == asked
 
 
-@pytest.mark.parametrize('records', [
-    {'city/1.jpg': ('1.jpg', '1'), 'city/2.JPG': ('2.JPG', '1')},
-    {'city/1.jpg': ('1.jpg', '1'), 'city/2.JPG': ('2.JPG', '1'), 'road/1.jpeg': ('1.jpeg', '1')}])
+@pytest.mark.parametrize(
+    'records',
+    [
+        {'city/1.jpg': ('1.jpg', '1'), 'city/2.JPG': ('2.JPG', '1')},
+        {
+            'city/1.jpg': ('1.jpg', '1'),
+            'city/2.JPG': ('2.JPG', '1'),
+            'road/1.jpeg': ('1.jpeg', '1'),
+        },
+    ],
+)
 def test_remixable_stops_at_a_photo_without_a_record(project, server, records):
     server.files[ARCHIVE] = GOOD
     serve_records(server, records)
-    assert call(project, server, '--remixable') == (2, '', said(
-        f'cannot unpack {PART}: lake/1.jpeg has no license record, so --remixable cannot tell'))
+    assert call(project, server, '--remixable') == (
+        2,
+        '',
+        said(
+            f'cannot unpack {PART}: lake/1.jpeg has no license record, so --remixable cannot tell'
+        ),
+    )
     assert tree(project) == {PART}
     # what has arrived serves a call without the flag
     asked = len(server.requests)
@@ -461,16 +529,22 @@ def test_remixable_without_its_records(project, server):
 def test_remixable_where_all_photos_are_there_already(project, server):
     server.files[ARCHIVE] = GOOD
     call(project, server)
-    assert call(project, server, '--remixable') == (2, '', said(
-        'data/landscapes was not fetched with --remixable: move it away and call again'))
+    assert call(project, server, '--remixable') == (
+        2,
+        '',
+        said('data/landscapes was not fetched with --remixable: move it away and call again'),
+    )
     assert tree(project) == taken(PHOTOS)
     assert len(server.requests) == 1
 
 
 def test_wrong_requests(project, server):
     assert call(project, server, '--all') == (2, '', said('unknown argument --all: see --help'))
-    assert call(project, server, expect='0f69e1e') == (2, '', said(
-        'LANDSCAPES_BLOB_ID=0f69e1e: give 40 hex digits'))
+    assert call(project, server, expect='0f69e1e') == (
+        2,
+        '',
+        said('LANDSCAPES_BLOB_ID=0f69e1e: give 40 hex digits'),
+    )
     assert tree(project) == set() and server.requests == []
 
 
@@ -510,11 +584,19 @@ def start(project, server, tmp_path):
     calls = []
 
     def start(**words):
-        calls.append(subprocess.Popen(
-            [project / 'download_landscapes.sh'], stdin=subprocess.DEVNULL, text=True,
-            env=environment(server) | {'PYTHONPATH': str(tmp_path / 'hook')} | words,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
+        calls.append(
+            subprocess.Popen(
+                [project / 'download_landscapes.sh'],
+                stdin=subprocess.DEVNULL,
+                text=True,
+                env=environment(server) | {'PYTHONPATH': str(tmp_path / 'hook')} | words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        )
         return calls[-1]
+
     yield start
     server.release.set()
     for running in calls:
@@ -558,8 +640,13 @@ def test_two_projects_that_share_a_folder(project, server, start, tmp_path):
     shutil.copy(SCRIPT, other)
     first = start(HOLD=hold(server))
     assert server.held.wait(60)
-    second = subprocess.Popen([other / 'download_landscapes.sh'], env=environment(server),
-                              stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    second = subprocess.Popen(
+        [other / 'download_landscapes.sh'],
+        env=environment(server),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert second.stderr.readline() == WAITING
     server.release.set()
     assert end(first) == (0, GOOD_END, '')
@@ -569,8 +656,11 @@ def test_two_projects_that_share_a_folder(project, server, start, tmp_path):
 
 def test_photos_that_vanish_while_they_are_unpacked_are_missed(project, server, start):
     server.files[ARCHIVE] = GOOD
-    assert end(start(LOSE='1')) == (1, '', said(
-        f'cannot unpack {PART}: 2 of 3 photos have arrived in the folder: call again'))
+    assert end(start(LOSE='1')) == (
+        1,
+        '',
+        said(f'cannot unpack {PART}: 2 of 3 photos have arrived in the folder: call again'),
+    )
     assert tree(project) == {PART}
     assert call(project, server) == (0, GOOD_END, '')
     assert tree(project) == taken(PHOTOS)
@@ -604,6 +694,7 @@ def test_killed_while_its_unpacking_lives_on(project, server, start):
 
 
 # ---------------------------------------------------------------------------- links
+
 
 def link(project, target):
     (project / 'data').mkdir()
@@ -653,9 +744,14 @@ def test_a_link_that_leads_nowhere(project, server, tmp_path, target):
     """Its disk is not mounted, or it is a link to itself."""
     target = tmp_path / target
     link(project, target)
-    assert call(project, server) == (1, '', said(
-        f'data/landscapes is a link to {target}, which cannot be made: make it, or remove '
-        'the link'))
+    assert call(project, server) == (
+        1,
+        '',
+        said(
+            f'data/landscapes is a link to {target}, which cannot be made: make it, or remove '
+            'the link'
+        ),
+    )
     assert server.requests == []
 
 
@@ -667,16 +763,25 @@ def test_killed_between_two_kinds(project, server, tmp_path):
     for name in 'city/1.jpg', 'city/2.JPG':
         (tmp_path / 'disk' / name).write_bytes(PHOTOS[name])
     (tmp_path / 'disk/.landscapes.unfinished').write_text('\n')
-    assert call(project, server, '--remixable') == (2, '', said(
-        'data/landscapes was begun by a call with other arguments: call again with those'))
+    assert call(project, server, '--remixable') == (
+        2,
+        '',
+        said('data/landscapes was begun by a call with other arguments: call again with those'),
+    )
     assert call(project, server) == (0, GOOD_END, '')
     assert names(tmp_path / 'disk') == ['.landscapes.lock', 'city', 'lake']
 
 
 def test_remixable_behind_a_link(project, server, tmp_path):
     server.files[ARCHIVE] = GOOD
-    serve_records(server, {'city/1.jpg': ('1.jpg', '1'), 'city/2.JPG': ('2.JPG', '6'),
-                           'lake/1.jpeg': ('1.jpeg', '4')})
+    serve_records(
+        server,
+        {
+            'city/1.jpg': ('1.jpg', '1'),
+            'city/2.JPG': ('2.JPG', '6'),
+            'lake/1.jpeg': ('1.jpeg', '4'),
+        },
+    )
     (tmp_path / 'disk').mkdir()
     link(project, tmp_path / 'disk')
     end = (0, '2 photos in data/landscapes: python colorize.py\n', '')
@@ -687,16 +792,22 @@ def test_remixable_behind_a_link(project, server, tmp_path):
 
 def test_a_lock_that_cannot_be_opened(project, server):
     (project / LOCK).mkdir(parents=True)
-    assert call(project, server) == (1, '', said(
-        f'{LOCK} cannot be written: remove it and call again'))
+    assert call(project, server) == (
+        1,
+        '',
+        said(f'{LOCK} cannot be written: remove it and call again'),
+    )
     assert server.requests == []
 
 
 def test_a_file_in_the_way(project, server):
     (project / 'data').mkdir()
     (project / 'data/landscapes').write_text('mine')
-    assert call(project, server) == (2, '', said(
-        'data/landscapes is a file: move it away and call again'))
+    assert call(project, server) == (
+        2,
+        '',
+        said('data/landscapes is a file: move it away and call again'),
+    )
     (project / 'data/landscapes').unlink()
     (project / 'data').rmdir()
     (project / 'data').write_text('mine')
@@ -706,6 +817,7 @@ def test_a_file_in_the_way(project, server):
 
 # ---------------------------------------------------------------------------- hostile archives
 
+
 def refused(project, server, archive):
     """What is said of an archive that cannot be unpacked, in one line and with nothing left."""
     server.files[ARCHIVE] = archive
@@ -713,7 +825,9 @@ def refused(project, server, archive):
     start = f'download_landscapes.sh: cannot unpack {PART}: '
     assert (code, out) == (1, '') and err.startswith(start) and err.count('\n') == 1
     assert tree(project) == {PART} and names(project / 'data') == [
-        '.landscapes.lock', 'landscapes_small.zip.part']
+        '.landscapes.lock',
+        'landscapes_small.zip.part',
+    ]
     return err.removeprefix(start).rstrip('\n')
 
 
@@ -722,7 +836,8 @@ def test_a_bomb(project, server):
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('city/1.jpg', bytes(2**24))
     assert refused(project, server, file.getvalue()) == (
-        'it would grow to 16,777,216 bytes, so these are no photos: take another copy')
+        'it would grow to 16,777,216 bytes, so these are no photos: take another copy'
+    )
 
 
 def test_a_bomb_that_lies_about_its_size(project, server):
@@ -742,13 +857,18 @@ def test_a_name_that_comes_twice(project, server):
         for data in b'one', b'two':
             archive.writestr('city/1.jpg', data)
     assert refused(project, server, file.getvalue()) == (
-        '1 of 2 photos have arrived in the folder: take another copy')
+        '1 of 2 photos have arrived in the folder: take another copy'
+    )
 
 
-@pytest.mark.parametrize('members, reason', [
-    ({'a/b.jpg': b'x', 'a/b.jpg/c.jpg': b'x'}, 'NotADirectoryError: '),
-    ({'city/' + 'a' * 300 + '.jpg': b'x'}, 'OSError: '),
-    ({'../\x1b[31m\nred.jpg': b'x'}, '../?[31m red.jpg is a link or lies outside')])
+@pytest.mark.parametrize(
+    'members, reason',
+    [
+        ({'a/b.jpg': b'x', 'a/b.jpg/c.jpg': b'x'}, 'NotADirectoryError: '),
+        ({'city/' + 'a' * 300 + '.jpg': b'x'}, 'OSError: '),
+        ({'../\x1b[31m\nred.jpg': b'x'}, '../?[31m red.jpg is a link or lies outside'),
+    ],
+)
 def test_names_that_no_file_can_have(project, server, members, reason):
     assert refused(project, server, make_zip(members)).startswith(reason)
 

@@ -1,4 +1,5 @@
 """The table of faults: what goes wrong, the one line that says so, the exit code. No tracebacks."""
+
 import os
 import pickle
 import re
@@ -22,8 +23,20 @@ import data_utils
 from unet import UNet
 from utils.tensorboard import Page
 
-FLAGS = ['--data_path', 'photos', '--image_size', 32, '--batch_size', 8, '--val_fraction', 0.25,
-         '--device', 'cpu', '--num_workers', 1]
+FLAGS = [
+    '--data_path',
+    'photos',
+    '--image_size',
+    32,
+    '--batch_size',
+    8,
+    '--val_fraction',
+    0.25,
+    '--device',
+    'cpu',
+    '--num_workers',
+    1,
+]
 NEXT = ['--resume', '--epochs', 2]  # the second epoch of the run that there is
 FRESH = '; move it away to start afresh'
 FOREIGN = rf'{CHECKPOINT} is no checkpoint of this version of the program \(.*\){FRESH}'
@@ -84,20 +97,25 @@ def as_anybody(folder, monkeypatch):
 def files(folder):
     """The bytes of what must not be lost, and the names of what must not be left."""
     names = 'unet.pth', WEIGHTS, CHECKPOINT
-    return ({name: (folder / name).read_bytes() for name in names if (folder / name).is_file()},
-            [path.name for path in folder.rglob('*.tmp')])
+    return (
+        {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()},
+        [path.name for path in folder.rglob('*.tmp')],
+    )
 
 
 # ---------------------------------------------------------------------------- photos
 
+
 def png_of(width, height):
     """A PNG of a hundred bytes that claims to be this large."""
+
     def chunk(data):
         return struct.pack('>I', len(data) - 4) + data + struct.pack('>I', zlib.crc32(data))
 
     header = struct.pack('>4sIIBBBBB', b'IHDR', width, height, 8, 2, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + b''.join(
-        map(chunk, [header, b'IDAT' + zlib.compress(b'\0' * 99), b'IEND']))
+        map(chunk, [header, b'IDAT' + zlib.compress(b'\0' * 99), b'IEND'])
+    )
 
 
 def link_to_itself(path):
@@ -115,8 +133,11 @@ PHOTOS = [
     (os.fsdecode(b'caf\xe9.png'), Path.touch, 'no photo that Pillow can read'),
     ('empty.jpg', Path.touch, 'no photo that Pillow can read'),
     ('words.jpg', lambda path: path.write_text('not a photo'), 'no photo that Pillow can read'),
-    ('bomb.png', lambda path: path.write_bytes(png_of(1_000_000, 1_000_000)),
-     'larger than the [0-9]+ megapixels that memory allows'),
+    (
+        'bomb.png',
+        lambda path: path.write_bytes(png_of(1_000_000, 1_000_000)),
+        'larger than the [0-9]+ megapixels that memory allows',
+    ),
     ('loop.jpg', link_to_itself, 'no such file'),
     ('nowhere.jpg', lambda path: path.symlink_to('gone.jpg'), 'no such file'),
     ('folder.jpg', lambda path: path.touch(), 'no regular file'),  # see `meanwhile`
@@ -140,8 +161,9 @@ def test_bad_photos_are_named_once_and_left_out(folder, fault, monkeypatch, way)
 
     list_photos = data_utils.list_photos
     monkeypatch.setattr(data_utils, 'list_photos', meanwhile)
-    expected = sorted(f'skipped {re.escape(repr(name))}: {reason}'
-                      for name, _, reason in PHOTOS if reason)
+    expected = sorted(
+        f'skipped {re.escape(repr(name))}: {reason}' for name, _, reason in PHOTOS if reason
+    )
     named = sorted(fault('--epochs', 2, *way, code=0))
     assert len(named) == len(expected) and all(map(re.fullmatch, expected, named)), named
 
@@ -157,8 +179,13 @@ def test_a_large_photo_is_no_bomb(tmp_path):
     """100 megapixels: Pillow warns of them, which is not for the user to read."""
     (tmp_path / 'large.png').write_bytes(png_of(10_000, 10_000))
     code = 'import data_utils; data_utils.load_photo("large.png")'
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+    )
     assert 'image file is truncated' in done.stderr and 'Warning' not in done.stderr
 
 
@@ -173,14 +200,15 @@ def test_photos_deleted_while_streaming(folder, fault, monkeypatch):
     log_start = Page.log_start
     monkeypatch.setattr(Page, 'log_start', lose_photos)
     assert sorted(fault('--epochs', 3, '--stream', '--name', 'new', code=0)) == [
-        f"skipped '{photo.relative_to(folder / 'photos')}': no such file"
-        for photo in lost]
+        f"skipped '{photo.relative_to(folder / 'photos')}': no such file" for photo in lost
+    ]
 
 
 # ---------------------------------------------------------------------------- refused, or stopped
 
+
 def half(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 class Malicious:
@@ -244,28 +272,71 @@ def self_link_instead(path):
 
 # what is done to which file, with which flags it is met, the exit code and the line
 FAULTS = [
-    (shutil.rmtree, 'photos', NEXT, 2, 'no such folder: photos. ./download_landscapes.sh fetches '
-     'the landscapes, --demo draws some, --data_path names your own'),
-    (self_link_instead, 'photos', NEXT, 2, 'no such folder: photos. ./download_landscapes.sh '
-     'fetches the landscapes, --demo draws some, --data_path names your own'),
+    (
+        shutil.rmtree,
+        'photos',
+        NEXT,
+        2,
+        'no such folder: photos. ./download_landscapes.sh fetches '
+        'the landscapes, --demo draws some, --data_path names your own',
+    ),
+    (
+        self_link_instead,
+        'photos',
+        NEXT,
+        2,
+        'no such folder: photos. ./download_landscapes.sh '
+        'fetches the landscapes, --demo draws some, --data_path names your own',
+    ),
     (file_instead, 'photos', NEXT, 2, 'photos is a file; --data_path takes a folder of photos'),
     (empty_folder_instead, 'photos', NEXT, 2, r'no photos in photos \(.*\.jpg.*\)'),
-    (folder_instead, 'unet.pth', NEXT, 2,
-     'unet.pth is a folder, but .* that name; move it away'),
-    (file_instead, 'runs', NEXT, 2,
-     'runs is a file where a folder is needed; move it away, or give another --name'),
-    (file_instead, 'runs/UNet', NEXT, 2,
-     'runs/UNet is a file where a folder is needed; move it away, or give another --name'),
+    (folder_instead, 'unet.pth', NEXT, 2, 'unet.pth is a folder, but .* that name; move it away'),
+    (
+        file_instead,
+        'runs',
+        NEXT,
+        2,
+        'runs is a file where a folder is needed; move it away, or give another --name',
+    ),
+    (
+        file_instead,
+        'runs/UNet',
+        NEXT,
+        2,
+        'runs/UNet is a file where a folder is needed; move it away, or give another --name',
+    ),
     (folder_instead, CHECKPOINT, NEXT, 2, f'{CHECKPOINT} is a folder{FRESH}'),
-    (half, CHECKPOINT, NEXT, 2,
-     f'{CHECKPOINT} is a damaged or truncated file; nothing in it was run{FRESH}'),
-    (nothing_in_it, CHECKPOINT, NEXT, 2,
-     f'{CHECKPOINT} is an empty file; nothing in it was run{FRESH}'),
+    (
+        half,
+        CHECKPOINT,
+        NEXT,
+        2,
+        f'{CHECKPOINT} is a damaged or truncated file; nothing in it was run{FRESH}',
+    ),
+    (
+        nothing_in_it,
+        CHECKPOINT,
+        NEXT,
+        2,
+        f'{CHECKPOINT} is an empty file; nothing in it was run{FRESH}',
+    ),
     (web_page, CHECKPOINT, NEXT, 2, f'{CHECKPOINT} is a web page; nothing in it was run{FRESH}'),
-    (malicious_pickle, CHECKPOINT, NEXT, 2, f'{CHECKPOINT} is a pickle of more than tensors, '
-     f'which could run code; nothing in it was run{FRESH}'),
-    (malicious_zip, CHECKPOINT, NEXT, 2, f'{CHECKPOINT} is a pickle of more than tensors, '
-     f'which could run code; nothing in it was run{FRESH}'),
+    (
+        malicious_pickle,
+        CHECKPOINT,
+        NEXT,
+        2,
+        f'{CHECKPOINT} is a pickle of more than tensors, '
+        f'which could run code; nothing in it was run{FRESH}',
+    ),
+    (
+        malicious_zip,
+        CHECKPOINT,
+        NEXT,
+        2,
+        f'{CHECKPOINT} is a pickle of more than tensors, '
+        f'which could run code; nothing in it was run{FRESH}',
+    ),
     (only_weights, CHECKPOINT, NEXT, 2, FOREIGN),
     (another_network, CHECKPOINT, NEXT, 2, FOREIGN),
     (wider_network, CHECKPOINT, NEXT, 2, FOREIGN),
@@ -273,9 +344,14 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize('harm, name, flags, code, line', FAULTS, ids=[
-    f'{name}: {harm.__name__}' if harm else ' '.join(map(str, flags))
-    for harm, name, flags, _, _ in FAULTS])
+@pytest.mark.parametrize(
+    'harm, name, flags, code, line',
+    FAULTS,
+    ids=[
+        f'{name}: {harm.__name__}' if harm else ' '.join(map(str, flags))
+        for harm, name, flags, _, _ in FAULTS
+    ],
+)
 def test_the_table_of_faults(folder, fault, harm, name, flags, code, line):
     if harm:
         harm(folder / name)
@@ -292,21 +368,37 @@ def test_weights_that_only_validation_finds_ruined(folder, fault):
     assert fault(*one_step, '--epochs', 1, code=0) == []
     names = folder / 'unet.pth', folder / 'runs/one/checkpoint.pth'
     before = [path.read_bytes() for path in names]
-    line, = fault(*one_step, *NEXT, '--lr', 1e30)
-    assert re.fullmatch('colorize.py: the validation loss is (nan|inf) at step 1 of epoch 2' + KEPT,
-                        line)
+    (line,) = fault(*one_step, *NEXT, '--lr', 1e30)
+    assert re.fullmatch(
+        'colorize.py: the validation loss is (nan|inf) at step 1 of epoch 2' + KEPT, line
+    )
     assert [path.read_bytes() for path in names] == before
 
 
-@pytest.mark.parametrize('error, flags, line', [
-    (torch.cuda.OutOfMemoryError('CUDA out of memory.\nTried to allocate 9 GiB'), [],
-     'out of memory with --batch_size 8: try --batch_size 4 or less'),
-    (MemoryError(), [], 'out of memory with --batch_size 8: try --batch_size 4 or less'),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), [],
-     'out of memory with --batch_size 8: try --batch_size 4 or less'),
-    (torch.cuda.OutOfMemoryError('CUDA out of memory.'), ['--batch_size', 1, '--name', 'one'],
-     'out of memory with --batch_size 1: try a smaller --image_size'),
-], ids=['device', 'Python', 'host', 'one photo'])
+@pytest.mark.parametrize(
+    'error, flags, line',
+    [
+        (
+            torch.cuda.OutOfMemoryError('CUDA out of memory.\nTried to allocate 9 GiB'),
+            [],
+            'out of memory with --batch_size 8: try --batch_size 4 or less',
+        ),
+        (MemoryError(), [], 'out of memory with --batch_size 8: try --batch_size 4 or less'),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            [],
+            'out of memory with --batch_size 8: try --batch_size 4 or less',
+        ),
+        (
+            torch.cuda.OutOfMemoryError('CUDA out of memory.'),
+            ['--batch_size', 1, '--name', 'one'],
+            'out of memory with --batch_size 1: try a smaller --image_size',
+        ),
+    ],
+    ids=['device', 'Python', 'host', 'one photo'],
+)
 def test_out_of_memory_names_the_batch_size(folder, fault, monkeypatch, error, flags, line):
     def forward(*_):
         raise error
@@ -319,20 +411,23 @@ def test_out_of_memory_names_the_batch_size(folder, fault, monkeypatch, error, f
 
 # ---------------------------------------------------------------------------- permissions
 
+
 def test_folders_and_photos_without_permission(folder, fault, as_anybody):
     (folder / 'photos/lake').chmod(0)
     (folder / 'photos/city/city_001.jpg').chmod(0)
     as_anybody()
     assert fault('--epochs', 1, '--name', 'new', code=0, cwd=None) == [
         'passed over photos/lake: Permission denied',
-        "skipped 'city/city_001.jpg': Permission denied"]
+        "skipped 'city/city_001.jpg': Permission denied",
+    ]
 
 
 def test_a_data_folder_without_permission(folder, fault, as_anybody):
     (folder / 'photos').chmod(0)
     as_anybody()
     assert fault(*NEXT, code=2, cwd=None) == [
-        'colorize.py: photos cannot be read: Permission denied']
+        'colorize.py: photos cannot be read: Permission denied'
+    ]
 
 
 @pytest.mark.parametrize('flags', [['--name', 'new'], NEXT], ids=['new', 'resumed'])
@@ -349,9 +444,18 @@ def test_a_folder_that_cannot_be_written(folder, fault, as_anybody, flags):
 
 # ---------------------------------------------------------------------------- decorations
 
-@pytest.mark.parametrize('method, flags, times', [
-    ('__init__', [], 1), ('add_graph', ['--name', 'new'], 1), ('add_scalar', [], 2),
-    ('flush', [], 2), ('add_embedding', [], 1), ('close', [], 1)])
+
+@pytest.mark.parametrize(
+    'method, flags, times',
+    [
+        ('__init__', [], 1),
+        ('add_graph', ['--name', 'new'], 1),
+        ('add_scalar', [], 2),
+        ('flush', [], 2),
+        ('add_embedding', [], 1),
+        ('close', [], 1),
+    ],
+)
 def test_tensorboard_failing_costs_a_warning(folder, fault, monkeypatch, method, flags, times):
     def fail(*_, **__):
         raise RuntimeError('no luck')
@@ -359,11 +463,13 @@ def test_tensorboard_failing_costs_a_warning(folder, fault, monkeypatch, method,
     monkeypatch.setattr(SummaryWriter, method, fail)
     before = files(folder)
     assert fault('--resume', '--epochs', 3, *flags, code=0) == times * [
-        'warning: TensorBoard: no luck; training goes on']
+        'warning: TensorBoard: no luck; training goes on'
+    ]
     assert files(folder)[0][CHECKPOINT] != before[0][CHECKPOINT] or flags
 
 
 # ---------------------------------------------------------------------------- full disks
+
 
 @pytest.fixture
 def disk(trained, tmp_path):
@@ -389,12 +495,19 @@ def fill(disk, left):
 FULL = 'No space left on device'
 
 
-@pytest.mark.parametrize('harm, reason', [
-    (partial(fill, left=12_000_000), FULL), (partial(fill, left=2_000_000), FULL),
-    (partial(fill, left=0), FULL),
-    (lambda disk: subprocess.run(['mount', '-o', 'remount,ro', disk], check=True),
-     'Read-only file system'),
-], ids=['for the checkpoint', 'for the weights', 'for all', 'read-only'])
+@pytest.mark.parametrize(
+    'harm, reason',
+    [
+        (partial(fill, left=12_000_000), FULL),
+        (partial(fill, left=2_000_000), FULL),
+        (partial(fill, left=0), FULL),
+        (
+            lambda disk: subprocess.run(['mount', '-o', 'remount,ro', disk], check=True),
+            'Read-only file system',
+        ),
+    ],
+    ids=['for the checkpoint', 'for the weights', 'for all', 'read-only'],
+)
 def test_a_full_disk_costs_one_line_and_no_file(disk, fault, harm, reason):
     before = files(disk)[0]
     harm(disk)
@@ -409,12 +522,15 @@ def test_a_full_disk_costs_one_line_and_no_file(disk, fault, harm, reason):
 def test_on_a_full_disk_nothing_is_said_at_the_exit(disk, run):
     fill(disk, left=0)
     said = run('colorize.py', *FLAGS, *NEXT, cwd=disk, code=1).stderr.splitlines()
-    assert [line.partition(':')[0] for line in said] == [*['warning'] * (len(said) - 1),
-                                                         'colorize.py']
+    assert [line.partition(':')[0] for line in said] == [
+        *['warning'] * (len(said) - 1),
+        'colorize.py',
+    ]
 
 
 def test_a_disk_that_is_full_only_while_the_page_is_written(disk, fault, monkeypatch):
     """TensorBoard writes in a thread of its own; that has no say in how the training ends."""
+
     def log_on_a_full_disk(*args):
         fill(disk, left=0)
         try:
@@ -426,7 +542,8 @@ def test_a_disk_that_is_full_only_while_the_page_is_written(disk, fault, monkeyp
     monkeypatch.setattr(Page, 'log_epoch', log_on_a_full_disk)
     before = files(disk)[0]
     said = fault('--resume', '--epochs', 3, code=0, cwd=disk)
-    assert said and all(line.startswith('warning: TensorBoard: ') and FULL in line
-                        for line in said), said
+    assert said and all(
+        line.startswith('warning: TensorBoard: ') and FULL in line for line in said
+    ), said
     after, left = files(disk)
     assert after[CHECKPOINT] != before[CHECKPOINT] and left == []

@@ -1,4 +1,5 @@
 """What only a GPU can show. Skipped where there is none; benchmarks/gpu.sh runs it first."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,11 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
     for home, precision in (torch.device('cpu'), 'fp32'), (device, name):
         net, optimizer = new_network(home)
         progress = colorize.Progress()
-        losses.append(colorize.train_epoch(net, optimizer, batches(home), progress,
-                                           Precision(precision, home)))
+        losses.append(
+            colorize.train_epoch(
+                net, optimizer, batches(home), progress, Precision(precision, home)
+            )
+        )
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
@@ -88,15 +92,16 @@ def test_batches_are_those_of_a_run_on_the_cpu(drawings, device, home):
     in_memory = PhotosInMemory(folder, torch.device('cpu'))
     photos = dict(GPU=PhotosInMemory(folder, device), host=in_memory, disk=folder)[home]
     expected = PhotoLoader(in_memory, range(50), 8, seed=3)
-    for (x, y), (x1, y1) in zip(PhotoLoader(photos, range(50), 8, device, seed=3), expected,
-                                strict=True):
+    for (x, y), (x1, y1) in zip(
+        PhotoLoader(photos, range(50), 8, device, seed=3), expected, strict=True
+    ):
         assert y.device.type == 'cuda'
         assert torch.equal(y.cpu(), y1) and torch.allclose(x.cpu(), x1, atol=1e-6)
 
 
 def test_too_large_a_batch_names_a_smaller_one(device):
     with pytest.raises(torch.OutOfMemoryError) as error:
-        torch.empty(2 * free_memory(device) + 2 ** 40, dtype=torch.uint8, device=device)
+        torch.empty(2 * free_memory(device) + 2**40, dtype=torch.uint8, device=device)
     code, line = explain_error(error.value, 32, 0)
     assert code == 1 and line.endswith('try --batch_size 16 or less')
 
@@ -105,9 +110,26 @@ def test_too_large_a_batch_names_a_smaller_one(device):
 def test_a_run_goes_on_in_another_precision(drawings, tmp_path, first, second):
     for epochs, precision in (1, first), (2, second):
         done = subprocess.run(
-            [sys.executable, ROOT / 'colorize.py', '--data_path', drawings, '--image_size', '32',
-             '--epochs', str(epochs), '--precision', precision, '--device', 'cuda', '--resume'],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            [
+                sys.executable,
+                ROOT / 'colorize.py',
+                '--data_path',
+                drawings,
+                '--image_size',
+                '32',
+                '--epochs',
+                str(epochs),
+                '--precision',
+                precision,
+                '--device',
+                'cuda',
+                '--resume',
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert (done.returncode, done.stderr) == (0, '')
         assert f'epoch {epochs}/{epochs}' in done.stdout
 
@@ -115,7 +137,23 @@ def test_a_run_goes_on_in_another_precision(drawings, tmp_path, first, second):
 def test_a_run_that_began_on_a_cpu_goes_on(drawings, tmp_path):
     for epochs, device in (1, 'cpu'), (2, 'cuda'):
         done = subprocess.run(
-            [sys.executable, ROOT / 'colorize.py', '--data_path', drawings, '--image_size', '32',
-             '--epochs', str(epochs), '--device', device, '--resume', '--stream'],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            [
+                sys.executable,
+                ROOT / 'colorize.py',
+                '--data_path',
+                drawings,
+                '--image_size',
+                '32',
+                '--epochs',
+                str(epochs),
+                '--device',
+                device,
+                '--resume',
+                '--stream',
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert (done.returncode, done.stderr) == (0, '')

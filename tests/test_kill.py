@@ -1,4 +1,5 @@
 """Stopping and resuming: the short form of kill_trial.py, and what --resume takes and refuses."""
+
 import os
 import re
 import shlex
@@ -48,7 +49,7 @@ def again(train):
 
 # runs colorize.py in a child process for each moment, at which SIGKILL ends it: before or after a
 # file takes its name, or after a step
-KILLED = '''
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -82,16 +83,36 @@ for moment in moments:
             os.replace = replace_and_kill
         os._exit(colorize.main())
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
-'''
+"""
 
 
 def test_killed_at_any_moment(drawings, reference, again, tmp_path):
-    moments = ['step:2', *(f'{when}:{name}' for name in (CHECKPOINT, WEIGHTS, 'unet.pth')
-                           for when in ('before', 'after')), 'step:3']
+    moments = [
+        'step:2',
+        *(
+            f'{when}:{name}'
+            for name in (CHECKPOINT, WEIGHTS, 'unet.pth')
+            for when in ('before', 'after')
+        ),
+        'step:3',
+    ]
     done = subprocess.run(
-        [sys.executable, '-c', KILLED, ' '.join(moments), ROOT / 'colorize.py', '--data_path',
-         drawings, *FLAGS, '--resume'], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)))
+        [
+            sys.executable,
+            '-c',
+            KILLED,
+            ' '.join(moments),
+            ROOT / 'colorize.py',
+            '--data_path',
+            drawings,
+            *FLAGS,
+            '--resume',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+    )
     assert (done.returncode, done.stderr) == (0, '')
     assert unloadable(tmp_path) == []
     assert load(tmp_path / CHECKPOINT)['progress']['epoch'] == 1
@@ -101,20 +122,30 @@ def test_killed_at_any_moment(drawings, reference, again, tmp_path):
 
 # ---------------------------------------------------------------------------- asked to stop
 
-@pytest.mark.parametrize('ways', [[[], []], [['--stream'], ['--stream']], [['--stream'], []]],
-                         ids=['in memory', 'streaming', 'one after the other'])
+
+@pytest.mark.parametrize(
+    'ways',
+    [[[], []], [['--stream'], ['--stream']], [['--stream'], []]],
+    ids=['in memory', 'streaming', 'one after the other'],
+)
 def test_no_step_is_made_twice(reference, again, tmp_path, capfd, ways):
     """Stopped in an epoch's last step, which is before its validation, and within an epoch."""
     made = 0
-    for way, steps, number, place in ((ways[0], 3, signal.SIGTERM, 'epoch 1 after step 3'),
-                                      (ways[1], 2, signal.SIGINT, 'epoch 2 after step 2')):
+    for way, steps, number, place in (
+        (ways[0], 3, signal.SIGTERM, 'epoch 1 after step 3'),
+        (ways[1], 2, signal.SIGINT, 'epoch 2 after step 2'),
+    ):
         with signal_after(steps, number) as counted:
             printed = again(*way, code=128 + number)
         made += len(counted)
         assert steps_in(tmp_path / CHECKPOINT) == (made, made)
         assert printed.err == '\nstopping after this step; once more to stop at once\n'
-        assert re.search(f'^stopped in {place}; to go on: python colorize.py --data_path .* '
-                         '--name UNet --resume\n', printed.out, re.MULTILINE), printed.out
+        assert re.search(
+            f'^stopped in {place}; to go on: python colorize.py --data_path .* '
+            '--name UNet --resume\n',
+            printed.out,
+            re.MULTILINE,
+        ), printed.out
     with signal_after(None) as counted:
         again(*ways[0])
     assert made + len(counted) == EPOCHS * STEPS
@@ -124,7 +155,8 @@ def test_no_step_is_made_twice(reference, again, tmp_path, capfd, ways):
 def test_a_stopped_dry_run_has_nothing_to_go_on_with(train, tmp_path):
     with signal_after(1):
         assert train('--dry_run', code=128 + signal.SIGTERM).out.endswith(
-            'stopped in epoch 1 after step 1; nothing of a dry run is kept\n')
+            'stopped in epoch 1 after step 1; nothing of a dry run is kept\n'
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,9 +175,13 @@ def test_ctrl_c_on_a_terminal_and_the_printed_command_goes_on(drawings, referenc
 
 def test_a_listener_that_ctrl_c_ended_first_costs_nothing(drawings, tmp_path):
     """`2>&1 | tee log`: Ctrl-C ends the `tee` too, and nobody reads what the training prints."""
-    program = subprocess.Popen([sys.executable, ROOT / 'colorize.py', '--data_path', drawings,
-                                *FLAGS, '--epochs', '100'], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    program = subprocess.Popen(
+        [sys.executable, ROOT / 'colorize.py', '--data_path', drawings, *FLAGS, '--epochs', '100'],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     with program.stdout as lines:
         assert next(line for line in lines if line.strip().startswith('1/100 '))
     program.send_signal(signal.SIGINT)
@@ -155,22 +191,27 @@ def test_a_listener_that_ctrl_c_ended_first_costs_nothing(drawings, tmp_path):
 
 
 def test_a_second_signal_ends_it_at_once(drawings, tmp_path):
-    twice = '''
+    twice = """
 import os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in 'ab'])
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
-'''
-    done = subprocess.run([sys.executable, '-c', twice, ROOT / 'colorize.py', '--data_path',
-                           drawings, *FLAGS], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=str(ROOT)))
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', twice, ROOT / 'colorize.py', '--data_path', drawings, *FLAGS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+    )
     assert done.returncode == 130
     assert done.stderr == '\nstopping after this step; once more to stop at once\n'
     assert 'stopped in' not in done.stdout and not (tmp_path / CHECKPOINT).exists()
 
 
 # ---------------------------------------------------------------------------- --resume
+
 
 def test_a_finished_run_goes_on_to_a_larger_number_of_epochs(again, tmp_path):
     again('--epochs', 2)
@@ -196,16 +237,21 @@ def test_without_a_checkpoint_it_starts_afresh_in_the_same_folder(reference, aga
     assert differences(tmp_path, reference) == []
 
 
-@pytest.mark.parametrize('flags, name, values', [
-    (['--batch_size', 8], 'batch_size', ('8', '16')),
-    (['--image_size', 64], 'image_size', ('64', '32')),
-    (['--seed', 1], 'seed', ('1', '0')),
-    (['--val_fraction', 0.5], 'val_fraction', (r'0\.5', r'0\.25')),
-    (['--data_path', 'fewer'], 'photos', (r'55 \([0-9a-f]{8}\)', r'56 \([0-9a-f]{8}\)')),
-    (['--data_path', 'renamed'], 'photos', (r'56 \([0-9a-f]{8}\)', r'56 \([0-9a-f]{8}\)')),
-], ids=lambda value: value[0] if isinstance(value, list) else '')
+@pytest.mark.parametrize(
+    'flags, name, values',
+    [
+        (['--batch_size', 8], 'batch_size', ('8', '16')),
+        (['--image_size', 64], 'image_size', ('64', '32')),
+        (['--seed', 1], 'seed', ('1', '0')),
+        (['--val_fraction', 0.5], 'val_fraction', (r'0\.5', r'0\.25')),
+        (['--data_path', 'fewer'], 'photos', (r'55 \([0-9a-f]{8}\)', r'56 \([0-9a-f]{8}\)')),
+        (['--data_path', 'renamed'], 'photos', (r'56 \([0-9a-f]{8}\)', r'56 \([0-9a-f]{8}\)')),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else '',
+)
 def test_a_setting_that_contradicts_the_checkpoint_is_refused(
-        drawings, reference, again, tmp_path, flags, name, values):
+    drawings, reference, again, tmp_path, flags, name, values
+):
     (tmp_path / 'runs').symlink_to(reference / 'runs')
     before = (reference / CHECKPOINT).read_bytes(), sorted(reference.rglob('*'))
     for folder in 'fewer', 'renamed':
@@ -215,8 +261,11 @@ def test_a_setting_that_contradicts_the_checkpoint_is_refused(
             photo.unlink() if folder == 'fewer' else photo.rename(photo.with_name('pond.jpg'))
     printed = again('--epochs', 5, *flags, code=2)
     asked, earlier = values
-    assert re.fullmatch(f'colorize.py: --resume: {name} is {asked}, but .* {earlier}; give that, '
-                        'or another --name\n', printed.err), printed.err
+    assert re.fullmatch(
+        f'colorize.py: --resume: {name} is {asked}, but .* {earlier}; give that, '
+        'or another --name\n',
+        printed.err,
+    ), printed.err
     assert printed.out == ''
     assert ((reference / CHECKPOINT).read_bytes(), sorted(reference.rglob('*'))) == before
     assert not (tmp_path / 'unet.pth').exists()
@@ -230,8 +279,9 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(reference, ag
     before = (tmp_path / CHECKPOINT).read_bytes()
     printed = again(code=2)
     assert printed.err.count('\n') == 1 and printed.out == ''
-    assert re.match(f'colorize.py: {CHECKPOINT} is no checkpoint of this version .*; move it away',
-                    printed.err), printed.err
+    assert re.match(
+        f'colorize.py: {CHECKPOINT} is no checkpoint of this version .*; move it away', printed.err
+    ), printed.err
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 

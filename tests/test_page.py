@@ -1,4 +1,5 @@
 """The page that a run of two epochs has in TensorBoard, in a real browser."""
+
 import os
 import subprocess
 import sys
@@ -33,8 +34,10 @@ def page(drawings, tmp_path_factory):
     show = from_page('tensorboard --logdir runs --port 8898').replace('8898', str(port))
     words = [sys.executable, '-m', 'tensorboard.main', *show.split()[1:]]
     url = f'http://localhost:{port}'
-    with (started(words, log, cwd=home, env=os.environ | dict(TMPDIR=str(home))) as tensorboard,
-          browser() as page):
+    with (
+        started(words, log, cwd=home, env=os.environ | dict(TMPDIR=str(home))) as tensorboard,
+        browser() as page,
+    ):
         says(log, tensorboard, f' at {url}/')
         yield page, url
 
@@ -46,16 +49,25 @@ def test_scalars(page):
 def test_images(page):
     # photos of 32 pixels at four times their size, with gaps of four: 16 in a grid of four,
     # and of every other one gray, colorized and truth, in two columns
-    assert images(*page) == {'Input': ('UNet', 532, 532, False),
-                             'Predicted': ('UNet', 532, 532, True),
-                             'Ground truth': ('UNet', 532, 532, True),
-                             'Colorized': ('UNet', 780, 532, True)}
+    assert images(*page) == {
+        'Input': ('UNet', 532, 532, False),
+        'Predicted': ('UNet', 532, 532, True),
+        'Ground truth': ('UNet', 532, 532, True),
+        'Colorized': ('UNet', 780, 532, True),
+    }
 
 
 def test_graph(page):
     assert graph(*page) == {
-        'downsample_block_1', 'downsample_block_2', 'downsample_block_3', 'middle_conv_block',
-        'upsample_block_3', 'upsample_block_2', 'upsample_block_1', 'last_conv'}
+        'downsample_block_1',
+        'downsample_block_2',
+        'downsample_block_3',
+        'middle_conv_block',
+        'upsample_block_3',
+        'upsample_block_2',
+        'upsample_block_1',
+        'last_conv',
+    }
 
 
 def test_settings(page):

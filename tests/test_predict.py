@@ -29,11 +29,13 @@ ROOT = Path(__file__).parent.parent
 Tag = ExifTags.Base
 MODES = '1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'
 # which modes a format holds as they are
-FORMATS = {'jpg': ('L', 'RGB', 'CMYK'),
-           'png': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'),
-           'webp': ('RGB', 'RGBA'),
-           'tif': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'),
-           'bmp': ('1', 'L', 'P', 'RGB')}
+FORMATS = {
+    'jpg': ('L', 'RGB', 'CMYK'),
+    'png': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'),
+    'webp': ('RGB', 'RGBA'),
+    'tif': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'),
+    'bmp': ('1', 'L', 'P', 'RGB'),
+}
 
 
 @pytest.fixture(scope='module')
@@ -58,11 +60,13 @@ def home(tmp_path, monkeypatch, net):
 @pytest.fixture
 def call(home, capsys):
     """call(code, words...): what predict.py prints (stdout, stderr)."""
+
     def call(code, *words):
         assert predict.main([*map(str, words), '--device', 'cpu', '--size', '32']) == code
         printed = capsys.readouterr()
         assert 'Traceback' not in printed.err
         return printed
+
     return call
 
 
@@ -103,11 +107,15 @@ def spread(result):
 
 
 def files(folder):
-    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob('*')
-                  if p.is_file() and p.name != '.colorized')
+    return sorted(
+        str(p.relative_to(folder))
+        for p in Path(folder).rglob('*')
+        if p.is_file() and p.name != '.colorized'
+    )
 
 
 # ---------------------------------------------------------------------------- colorize
+
 
 @pytest.mark.parametrize('size', [(60, 40), (7, 5), (1, 1), (300, 4)])
 @pytest.mark.parametrize('mode', MODES)
@@ -133,11 +141,20 @@ class Watcher(torch.nn.Module):
         return self.color + torch.zeros_like(x)
 
 
-@pytest.mark.parametrize('photo, size, expected', [
-    ((640, 480), 224, (296, 224)), ((480, 640), 224, (224, 296)), ((224, 224), 224, (224, 224)),
-    ((6000, 4000), 224, (336, 224)), ((1, 1), 224, (224, 224)), ((7, 5), 32, (48, 32)),
-    ((3000, 40), 224, (896, 8)), ((40, 30000), 224, (8, 896)), ((500, 300), 8, (16, 8)),
-])
+@pytest.mark.parametrize(
+    'photo, size, expected',
+    [
+        ((640, 480), 224, (296, 224)),
+        ((480, 640), 224, (224, 296)),
+        ((224, 224), 224, (224, 224)),
+        ((6000, 4000), 224, (336, 224)),
+        ((1, 1), 224, (224, 224)),
+        ((7, 5), 32, (48, 32)),
+        ((3000, 40), 224, (896, 8)),
+        ((40, 30000), 224, (8, 896)),
+        ((500, 300), 8, (16, 8)),
+    ],
+)
 def test_what_the_network_sees(photo, size, expected):
     net = Watcher()
     colorize(net, scene(photo, 'L'), size)
@@ -171,8 +188,8 @@ def test_color_is_not_shifted(size):
     class Sides(Watcher):
         def forward(self, x):
             y = torch.full((1, 3, *x.shape[-2:]), 0.5)
-            y[:, 0, :, x.shape[-1] // 2:] = 0.8
-            y[:, 2, x.shape[-2] // 2:] = 0.8
+            y[:, 0, :, x.shape[-1] // 2 :] = 0.8
+            y[:, 2, x.shape[-2] // 2 :] = 0.8
             return y
 
     result = colorize(Sides(), Image.new('L', size, 128), 64)
@@ -198,6 +215,7 @@ def test_a_color_photo_is_turned_gray_first(net):
 
 
 # ---------------------------------------------------------------------------- files
+
 
 def test_formats_and_modes(call, home):
     expected = {}
@@ -239,7 +257,7 @@ def test_a_transparent_color_stays_transparent(call, mode, transparency):
 
 def test_transparent_bmp_is_laid_on_white(call):
     # of what reads such a file, nothing would read our own: Pillow writes no such header
-    masks = 0xff0000, 0xff00, 0xff, 0xff000000
+    masks = 0xFF0000, 0xFF00, 0xFF, 0xFF000000
     header = struct.pack('<IiiHHIIiiII4I52x', 108, 9, 9, 1, 32, 3, 324, 0, 0, 0, 0, *masks)
     Path('a.bmp').write_bytes(struct.pack('<2sIII', b'BM', 446, 0, 122) + header + bytes(324))
     assert Image.open('a.bmp').mode == 'RGBA'
@@ -260,9 +278,16 @@ def test_what_cannot_be_kept_becomes_png(call):
         assert luminance_error(result, first.convert('L')) < 1
 
 
-TURNS = [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90,
-         Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270]
+TURNS = [
+    None,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_270,
+]
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'tif', 'webp'])
@@ -306,13 +331,22 @@ def test_exif_and_profile_where_they_apply(call, suffix):
         assert 'icc_profile' not in result.info
 
 
-@pytest.mark.parametrize('mode, compression', [
-    ('1', 'group4'), ('L', 'raw'), ('CMYK', 'tiff_lzw'), ('F', 'tiff_adobe_deflate'),
-    ('RGBA', 'packbits'), ('RGB', 'jpeg')])
+@pytest.mark.parametrize(
+    'mode, compression',
+    [
+        ('1', 'group4'),
+        ('L', 'raw'),
+        ('CMYK', 'tiff_lzw'),
+        ('F', 'tiff_adobe_deflate'),
+        ('RGBA', 'packbits'),
+        ('RGB', 'jpeg'),
+    ],
+)
 def test_a_tiff_tells_of_its_own_pixels(call, mode, compression):
     # not one of the tags on how the photo's pixels were stored may come along
-    scene(mode=mode).save('a.tif', compression=compression, resolution=300, artist='Ada',
-                          tiffinfo={65000: 'private'})
+    scene(mode=mode).save(
+        'a.tif', compression=compression, resolution=300, artist='Ada', tiffinfo={65000: 'private'}
+    )
     call(0, 'a.tif')
     with Image.open('colorized/a.tif') as result, Image.open('a.tif') as photo:
         assert result.tag_v2[258] == (8,) * len(result.getbands())
@@ -363,6 +397,7 @@ def test_sizes_from_one_pixel_to_24_million(call):
 
 # ---------------------------------------------------------------------------- bad photos
 
+
 def test_one_bad_photo_does_not_stop_the_others(call, home):
     os.makedirs('in')
     scene((300, 200)).save('whole.jpg')
@@ -378,7 +413,7 @@ def test_one_bad_photo_does_not_stop_the_others(call, home):
     assert printed.out.startswith('2 photos in colorized (')
     lines = printed.err.splitlines()
     for name in 'a truncated', 'text', 'empty', 'link', 'pipe', 'missing':
-        line, = (line for line in lines if f'{name}.' in line.split(':')[1])
+        (line,) = (line for line in lines if f'{name}.' in line.split(':')[1])
         assert line.startswith('predict.py: ') and len(line.split(': ')[2]) > 5
     assert len(lines) == 6
 
@@ -399,14 +434,22 @@ def test_a_name_that_is_no_text(call, home):
 def test_a_full_disk_leaves_nothing_half_written(home, run):
     scene((40, 30)).save('a.png')
     Image.effect_noise((800, 800), 90).save('b.png')
-    done = run('predict.py', 'a.png', 'b.png', '--size', 32, code=1, preexec_fn=lambda:
-               resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)))
+    done = run(
+        'predict.py',
+        'a.png',
+        'b.png',
+        '--size',
+        32,
+        code=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)),
+    )
     assert done.stdout.startswith('1 photo in colorized')
     assert "'b.png': colorized/b.png was not written: " in done.stderr
     assert sorted(os.listdir('colorized')) == ['.colorized', 'a.png']
 
 
 # ---------------------------------------------------------------------------- where results go
+
 
 def test_folders_are_mirrored(call):
     for name in 'album/a.jpg', 'album/deep/er/b.png', 'other/a.jpg', 'a.jpg':
@@ -490,11 +533,19 @@ def test_results_inside_the_folder_of_photos_are_not_photos(call):
 
 # ---------------------------------------------------------------------------- requests
 
-@pytest.mark.parametrize('words, says', [
-    (['missing.jpg'], 'missing.jpg'), (['missing', 'gone'], 'gone'), (['nothing'], 'nothing'),
-    ([''], 'no such file'), (['a.jpg', '--weights', 'gone.pth'], 'gone.pth'),
-    (['a.jpg', '--weights', 'nothing'], 'nothing'), (['a.jpg', '--output', 'a.jpg'], 'a.jpg'),
-])
+
+@pytest.mark.parametrize(
+    'words, says',
+    [
+        (['missing.jpg'], 'missing.jpg'),
+        (['missing', 'gone'], 'gone'),
+        (['nothing'], 'nothing'),
+        ([''], 'no such file'),
+        (['a.jpg', '--weights', 'gone.pth'], 'gone.pth'),
+        (['a.jpg', '--weights', 'nothing'], 'nothing'),
+        (['a.jpg', '--output', 'a.jpg'], 'a.jpg'),
+    ],
+)
 def test_what_cannot_be_done_is_said_in_a_line(call, words, says):
     scene().save('a.jpg')
     os.mkdir('nothing')
@@ -503,11 +554,20 @@ def test_what_cannot_be_done_is_said_in_a_line(call, words, says):
     assert not os.path.exists('colorized')
 
 
-@pytest.mark.parametrize('words', [
-    [], ['a', '--size', '12'], ['a', '--size', '0'], ['a', '--size', 'x'], ['a', '--device', 'tpu'],
-    ['a', '--saturation', '-1'], ['a', '--saturation', 'nan'], ['a', '--saturation', 'inf'],
-    ['a', '--sat', '1'],
-])
+@pytest.mark.parametrize(
+    'words',
+    [
+        [],
+        ['a', '--size', '12'],
+        ['a', '--size', '0'],
+        ['a', '--size', 'x'],
+        ['a', '--device', 'tpu'],
+        ['a', '--saturation', '-1'],
+        ['a', '--saturation', 'nan'],
+        ['a', '--saturation', 'inf'],
+        ['a', '--sat', '1'],
+    ],
+)
 def test_wrong_flags(words, capsys):
     with pytest.raises(SystemExit) as stop:
         predict.main(words)
@@ -534,9 +594,19 @@ def foreign_weights(net):
     Path('settings.pth').write_text(json.dumps({'lr': 1}))
     wide = dict(net.state_dict(), **{'last_conv.bias': torch.zeros(4)})
     torch.save(wide, 'wide.pth')
-    return dict(other='another network', module='', checkpoint='checkpoint', trap='', list='a list',
-                raw_trap='code', page='web page', half='truncated', empty='empty', settings='',
-                wide='last_conv.bias is (4,)')
+    return dict(
+        other='another network',
+        module='',
+        checkpoint='checkpoint',
+        trap='',
+        list='a list',
+        raw_trap='code',
+        page='web page',
+        half='truncated',
+        empty='empty',
+        settings='',
+        wide='last_conv.bias is (4,)',
+    )
 
 
 def test_foreign_weights_are_refused_and_not_run(call, net):
@@ -550,15 +620,23 @@ def test_foreign_weights_are_refused_and_not_run(call, net):
 
 # ---------------------------------------------------------------------------- the program
 
+
 def test_two_hundred_photos_in_one_call(home, run):
     os.makedirs('in')
     for number in range(200):
         scene((40 + number % 9, 30)).save(f'in/{number}.{("jpg", "png")[number % 2]}')
     (home / 'tensorboard.py').write_text('raise ImportError("that is for training")')
-    done = run('predict.py', 'in', '--size', 32, '--device', 'cpu',
-               env={**os.environ, 'PYTHONPATH': str(home)})
+    done = run(
+        'predict.py',
+        'in',
+        '--size',
+        32,
+        '--device',
+        'cpu',
+        env={**os.environ, 'PYTHONPATH': str(home)},
+    )
     assert files('colorized') == files('in')
-    first, = done.stdout.splitlines()
+    (first,) = done.stdout.splitlines()
     assert first.startswith('200 photos in colorized (') and first.endswith(' photos/s)')
     assert done.stderr == ''  # the progress bar is for terminals
 
@@ -568,17 +646,21 @@ def test_a_signal_stops_in_a_line(home, signum):
     os.makedirs('in')
     for number in range(200):
         scene((400, 300)).save(f'in/{number}.jpg')
-    child = subprocess.Popen([sys.executable, ROOT / 'predict.py', 'in', '--size', '128',
-                              '--num_workers', '4'],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, ROOT / 'predict.py', 'in', '--size', '128', '--num_workers', '4'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while len(files('colorized')) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
     child.send_signal(signum)
     out, error = child.communicate(timeout=60)
     assert child.returncode == 128 + signum and error.count('\n') == 1 and not out
-    done = int(re.fullmatch(r'predict.py: stopped; (\d+) of 200 photos are done, in colorized\n',
-                            error)[1])
+    done = int(
+        re.fullmatch(r'predict.py: stopped; (\d+) of 200 photos are done, in colorized\n', error)[1]
+    )
     assert 5 <= done < 200 and len(files('colorized')) == done
     for name in files('colorized'):
         with Image.open(f'colorized/{name}') as result:
@@ -588,22 +670,32 @@ def test_a_signal_stops_in_a_line(home, signum):
 
 def test_control_c_during_the_imports_has_no_traceback(home):
     Path('PIL.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n')
-    done = subprocess.run([sys.executable, ROOT / 'predict.py', 'a.jpg'], capture_output=True,
-                          env={**os.environ, 'PYTHONPATH': str(home)}, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'predict.py', 'a.jpg'],
+        capture_output=True,
+        env={**os.environ, 'PYTHONPATH': str(home)},
+        timeout=60,
+    )
     assert done.returncode == -signal.SIGINT and done.stderr == b''
 
 
 @pytest.mark.parametrize('closed, code', [('>&-', 0), ('2>&-', 0), ('>&- 2>&-', 0)])
 def test_closed_streams(home, closed, code):
     scene().save('a.png')
-    done = subprocess.run(f'{sys.executable} {ROOT}/predict.py a.png --size 32 {closed}',
-                          shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        f'{sys.executable} {ROOT}/predict.py a.png --size 32 {closed}',
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == code and done.stderr == ''
     with Image.open('colorized/a.png') as result:
         result.load()
 
 
 # ---------------------------------------------------------------------------- many at once
+
 
 def test_the_number_of_workers_changes_no_byte(call, drawings):
     for workers in 1, 2, 4:
@@ -624,9 +716,16 @@ def test_two_programs_never_write_into_one_result(call, monkeypatch):
     def write_later(results, path, target, content):
         # the check is done, the photo colorized: now the other program writes its result
         if not inner:
-            inner.append(subprocess.run([sys.executable, ROOT / 'predict.py', 'y/a.png', '--size',
-                                         '32'], check=True, capture_output=True, timeout=120))
+            inner.append(
+                subprocess.run(
+                    [sys.executable, ROOT / 'predict.py', 'y/a.png', '--size', '32'],
+                    check=True,
+                    capture_output=True,
+                    timeout=120,
+                )
+            )
         write(results, path, target, content)
+
     monkeypatch.setattr(Results, 'write', write_later)
     printed = call(1, 'x/a.png')
     assert 'exists and is no earlier result of this photo' in printed.err
@@ -637,6 +736,7 @@ def test_two_programs_never_write_into_one_result(call, monkeypatch):
 def test_without_hard_links(call, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, 'Operation not permitted')
+
     monkeypatch.setattr(os, 'link', refuse)
     for folder, size in ('x', (30, 20)), ('y', (20, 30)):
         os.makedirs(folder)
@@ -658,6 +758,7 @@ def test_memory_is_shared():
             inside.append(min(size, 100))
             assert sum(inside) <= 100
             inside.remove(min(size, 100))
+
     run_in_threads(job, [[size] for size in (60, 50, 300, 10, 100, 40) * 20], 4, 'test')
     assert memory.free == 100
 
@@ -669,6 +770,7 @@ def test_what_the_device_has_no_memory_for_is_done_on_the_cpu(net, monkeypatch):
 
         def parameters(self, recurse=True):
             return iter([torch.empty(1, device='meta')])
+
     # torch has no autocast for the device that stands for a GPU here
     monkeypatch.setattr(predict, 'Precision', lambda *_: Precision('fp32'))
     full = Full()
@@ -686,6 +788,7 @@ def test_the_size_comes_from_the_weights():
 
 
 # ---------------------------------------------------------------------------- what is spoken of
+
 
 def test_one_photo_may_have_a_name_for_its_result(call):
     scene().save('a.jpg')
@@ -717,7 +820,8 @@ def test_what_is_passed_over_is_counted(call):
     printed = call(0, 'in')
     assert printed.out == '1 photo in colorized\n' and printed.err == (
         'passed over in in: 1 .cr2 (raw: save as JPEG, PNG or TIFF), 2 .dng (raw: save as JPEG, '
-        'PNG or TIFF), 1 .jxl (save as JPEG, PNG or TIFF)\n')
+        'PNG or TIFF), 1 .jxl (save as JPEG, PNG or TIFF)\n'
+    )
 
 
 def test_nothing_done_names_no_folder(call):
@@ -741,8 +845,9 @@ def test_a_tree_of_1200_folders(call, home):
     subprocess.run(['rm', '-r', 'in', 'colorized'], check=True)  # too deep for shutil
 
 
-@pytest.mark.parametrize('special, white', [
-    (1.02, 255), (float('inf'), 255), (float('nan'), 0), (float('-inf'), 0)])
+@pytest.mark.parametrize(
+    'special, white', [(1.02, 255), (float('inf'), 255), (float('nan'), 0), (float('-inf'), 0)]
+)
 def test_a_floating_point_photo_stays_bright(special, white):
     values = np.full((4, 4), 0.5, np.float32)
     values[0, 0], values[0, 1] = special, 1
@@ -754,7 +859,8 @@ def test_more_pixels_than_memory_allows(call, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1_000_000)
     scene((2000, 1200)).save('a.jpg')
     assert call(1, 'a.jpg').err == (
-        "predict.py: 'a.jpg': larger than the 2 megapixels that memory allows\n")
+        "predict.py: 'a.jpg': larger than the 2 megapixels that memory allows\n"
+    )
 
 
 def test_postscript_is_not_run(call):
