@@ -42,7 +42,7 @@ def atomic_save(content, *paths):
     content, written = serialize(content), []
     try:
         for path in paths:
-            target = os.path.realpath(path)
+            target = os.path.realpath(path) if os.path.islink(path) else str(path)
             if os.path.exists(target) and not os.path.isfile(target):  # as root, even /dev/null
                 raise OSError(errno.EEXIST, 'it is no regular file, and is not replaced')
             # a name of its own, because another process may write to the same target
