@@ -91,7 +91,7 @@ def launched(folder, *command):
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as launcher:
-        limit = threading.Timer(200, end, [launcher])
+        limit = threading.Timer(500, end, [launcher])
         limit.start()
         try:
             yield launcher

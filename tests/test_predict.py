@@ -44,7 +44,7 @@ def net():
     torch.manual_seed(0)
     net = UNet()
     with torch.no_grad():
-        net.last_conv.weight *= 20
+        net.last_conv.weight *= 0.5
         net.last_conv.bias.copy_(torch.tensor([0.8, 0.5, 0.2]))
     return net
 
@@ -595,7 +595,7 @@ def foreign_weights(net):
     wide = dict(net.state_dict(), **{'last_conv.bias': torch.zeros(4)})
     torch.save(wide, 'wide.pth')
     return dict(
-        other='another network',
+        other='other weights',
         module='',
         checkpoint='checkpoint',
         trap='',

@@ -47,7 +47,8 @@ def colorfulness(y):
     """
     red, green, blue = (255 * y).flatten(2).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue])
-    variance, mean = torch.var_mean(opponents, dim=2, correction=0)
+    mean = opponents.mean(2)
+    variance = (opponents - mean[..., None]).square().mean(2)
     # clamped, because the gradient of a square root is infinite at 0
     return variance.sum(0).clamp(min=1e-6).sqrt() + 0.3 * mean.norm(dim=0)
 
