@@ -11,10 +11,12 @@ from browser import (
     graph,
     images,
     needs_browser,
+    open_tab,
     says,
     scalars,
     settings,
     started,
+    until,
 )
 from helpers import ROOT, TAGS
 from pages import from_page
@@ -40,6 +42,21 @@ def page(drawings, tmp_path_factory):
     ):
         says(log, tensorboard, f' at {url}/')
         yield page, url
+
+
+def test_the_photos_and_the_gain_are_in_sight_without_a_click(page):
+    tab, url = page
+    tall, laptop = tab.viewport_size, dict(width=1200, height=900)
+    tab.set_viewport_size(laptop)
+    open_tab(tab, url, 'timeseries', 'image-card img')
+    photos, gain = tab.locator('image-card img'), tab.locator('scalar-card')
+    until(lambda: (photos.count(), gain.count()), (1, 1))
+    box = photos.bounding_box()
+    assert photos.evaluate('img => [img.naturalWidth, img.naturalHeight]') == [780, 532]
+    assert box['width'] > 300 and box['y'] + box['height'] < laptop['height']
+    assert 'Gain over the gray copy (dB)' in gain.inner_text()
+    assert gain.bounding_box()['y'] + 200 < laptop['height']  # its title, and its highest values
+    tab.set_viewport_size(tall)
 
 
 def test_scalars(page):
