@@ -30,9 +30,10 @@ from upsampling import MatmulUpsample  # noqa: E402
 
 import colorize  # noqa: E402
 from data_utils import list_photos  # noqa: E402
-from utils import cli, tensorboard  # noqa: E402
+from utils import cli  # noqa: E402
 from utils.checkpoint import RunFolder, State  # noqa: E402
 from utils.device import Precision, choose_device, describe_device, free_memory  # noqa: E402
+from utils.tensorboard import Page  # noqa: E402
 
 
 def device(args):
@@ -133,7 +134,7 @@ def epoch(args):
         (colorize, 'train_epoch'),
         (colorize, 'evaluate'),
         (RunFolder, 'save_weights'),
-        (tensorboard, 'log_epoch'),
+        (Page, 'log_epoch'),
         (State, 'save'),
     ):
         timed(home, name)
@@ -172,7 +173,9 @@ def empty(args):
         net, optimizer = new_network(args, here)
         before = [weight.clone() for weight in net.parameters()]
         y = torch.empty(0, 3, args.image_size, args.image_size, device=here)
-        loss = colorize.train_step(net, optimizer, Precision(name, here), (y[:, :1], y), 4)
+        loss = colorize.train_step(
+            net, optimizer, colorize.Recipe(Precision(name, here)), (y[:, :1], y), 4
+        )
         if loss != 0 or not all(map(torch.equal, before, net.parameters())):
             raise SystemExit(f'gpu.py: {name}: a step without a photo changed the weights')
         rows.append([name, 'loss 0, the weights as before'])

@@ -35,13 +35,14 @@ from torchvision.datasets.folder import default_loader  # noqa: E402
 from upsampling import use_matmul  # noqa: E402
 
 import colorize  # noqa: E402
+from colorize import Recipe  # noqa: E402
 from data_utils import (  # noqa: E402
     PhotoFolder,
     PhotoLoader,
-    PhotosInMemory,
     get_colorized_dataset_loader,
     list_photos,
     load_photo,
+    load_photos,
 )
 from unet import UNet  # noqa: E402
 from utils import cli  # noqa: E402
@@ -127,8 +128,8 @@ def mb(peak):
 def photos_in_memory(args, root, device, limit=None):
     """Return the first `limit` photos below `root`, in memory."""
     folder = PhotoFolder(root, args.image_size, args.num_workers)
-    folder.keep(range(len(folder))[:limit])
-    return PhotosInMemory(folder, device)
+    folder.keep(list(range(len(folder)))[:limit], [])
+    return load_photos(folder, device)
 
 
 def new_network(args, device):
@@ -163,11 +164,11 @@ def measure_training(args):
     epochs, scores = [], []
     for epoch in range(args.epochs):
         start, loader.epoch = time.perf_counter(), epoch
-        colorize.train_epoch(net, optimizer, loader, Progress(epoch), precision)
+        colorize.train_epoch(net, optimizer, loader, Progress(epoch), Recipe(precision))
         epochs.append(time.perf_counter() - start)
         if held_out:
             metrics = colorize.evaluate(net, held_out, precision, SimpleNamespace(signum=0))
-            scores.append(metrics['PSNR/prediction'])
+            scores.append(metrics['PSNR of prediction'])
             if args.until and scores[-1] >= args.until:
                 break
     return dict(
@@ -309,7 +310,7 @@ def new_step(args, device):
     y = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
     y = y.contiguous(memory_format=torch.channels_last)
     batch = y.mean(1, keepdim=True) * 2 - 1, y
-    return lambda: colorize.train_step(net, optimizer, precision, batch, args.batch_size)
+    return lambda: colorize.train_step(net, optimizer, Recipe(precision), batch, args.batch_size)
 
 
 def measure_network(args):
@@ -362,7 +363,8 @@ def measure_start(args):
     first = range(len(photos.photos))[: args.batch_size]
     loader = PhotoLoader(photos, first, args.batch_size, device)
     net, optimizer = new_network(args, device)
-    colorize.train_epoch(net, optimizer, loader, Progress(), Precision(args.precision, device))
+    recipe = Recipe(Precision(args.precision, device))
+    colorize.train_epoch(net, optimizer, loader, Progress(), recipe)
     return dict(
         imports=imported,
         reading=read - begun,

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import colorize
 import data_utils
-from data_utils import PhotoFolder, PhotoLoader, PhotosInMemory, load_into_memory
+from data_utils import PhotoFolder, PhotoLoader, find_room, load_photos
 from unet import UNet
 from utils import distributed
 from utils.checkpoint import Progress, State
@@ -191,7 +191,7 @@ def program(drawings, tmp_path, monkeypatch):
     """program(flags...): the exit code of colorize.py on eight drawings, called in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it would outlast the test
-    monkeypatch.setattr(colorize, 'StopSignal', lambda: SimpleNamespace(signum=0))
+    monkeypatch.setattr(colorize.checkpoint, 'StopSignal', lambda: SimpleNamespace(signum=0))
     return lambda *flags: colorize.main(
         [
             '--data_path',
@@ -352,7 +352,9 @@ def take_steps(state, precision, steps=2):
     for _ in range(steps):
         x = torch.rand(2, 1, 8, 8)
         batch = x, x.expand(2, 3, 8, 8)
-        colorize.train_step(state.net, state.optimizer, Precision(precision), batch, 2)
+        colorize.train_step(
+            state.net, state.optimizer, colorize.Recipe(Precision(precision)), batch, 2
+        )
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
@@ -388,7 +390,7 @@ def test_a_run_goes_on_in_another_precision(program, first, second):
     assert after['progress']['epoch'] == 2
     for checkpoint, precision in (before, first), (after, second):
         assert ('scale' in checkpoint['scaler']) == (precision == 'fp16')
-    assert after['optimizer']['state'][0]['step'] > before['optimizer']['state'][0]['step'] > 0
+    assert after['optimizer'][0]['step'] > before['optimizer'][0]['step'] > 0
 
 
 # ---------------------------------------------------------------------------- to and fro
@@ -426,7 +428,7 @@ def test_a_copy_to_a_gpu_does_not_wait(copies):
 def test_photos_are_mirrored_on_the_device(drawings, copies, in_memory):
     """Bytes and flips are copied; the batches are those of a run without a GPU."""
     folder = PhotoFolder(drawings, 8)
-    photos = PhotosInMemory(folder, CPU) if in_memory else folder
+    photos = load_photos(folder, CPU) if in_memory else folder
     expected = list(PhotoLoader(photos, range(20), 8, CPU, seed=3))
     assert copies == []
     batches = list(PhotoLoader(photos, range(20), 8, CUDA, seed=3))
@@ -455,8 +457,8 @@ def test_evaluation_waits_for_the_device_once():
     loader = [(torch.rand(2, 1, 8, 8) * 2 - 1, torch.rand(2, 3, 8, 8)) for _ in range(5)]
     with Waits() as waits:
         metrics = colorize.evaluate(UNet(), loader, Precision(), SimpleNamespace(signum=0))
-    assert waits.seen == ['cpu', 'tolist']  # the second is on the host
-    assert metrics.keys() == set(colorize.METRICS)
+    assert waits.seen == ['tolist']
+    assert metrics['PSNR of prediction'] > 0
 
 
 def test_a_training_step_does_not_wait():
@@ -465,7 +467,7 @@ def test_a_training_step_does_not_wait():
     batch = torch.rand(2, 1, 8, 8), torch.rand(2, 3, 8, 8)
     for name in 'fp32', 'bf16':
         with Waits() as waits:
-            colorize.train_step(net, optimizer, Precision(name), batch, 2)
+            colorize.train_step(net, optimizer, colorize.Recipe(Precision(name)), batch, 2)
         assert waits.seen == []
 
 
@@ -490,10 +492,10 @@ def test_the_free_memory_of_each_device(gpus, monkeypatch):
 )
 def test_photos_go_where_there_is_room(drawings, monkeypatch, capsys, free, home):
     folder = PhotoFolder(drawings, 8)
-    folder.keep(range(20))  # 3840 bytes; half of what is free may be taken
+    folder.keep(list(range(20)), [])  # 3840 bytes; half of what is free may be taken
     monkeypatch.setattr(data_utils, 'free_memory', lambda device: free[device.type])
-    monkeypatch.setattr(data_utils, 'PhotosInMemory', lambda folder, device: device.type)
-    assert load_into_memory(folder, CUDA) == (home or folder)
+    room = find_room(folder, CUDA)
+    assert (room and room.type) == home
     assert ('streaming the photos' in capsys.readouterr().out) == (home is None)
 
 
@@ -572,7 +574,7 @@ ADVICE = '\nCUDA kernel errors might be asynchronously reported at some other AP
     ],
 )
 def test_errors_of_a_device_in_one_line(error, line):
-    assert explain_error(error, 32, 4) == (1, line)
+    assert explain_error(error, 32) == (1, line)
 
 
 @pytest.mark.parametrize(
@@ -588,12 +590,12 @@ def test_the_batch_that_is_named_needs_less_memory(monkeypatch, processes, batch
     """Where each process has one photo, no smaller batch does."""
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'get_world_size', lambda: processes)
-    assert explain_error(MemoryError(), batch_size, 0) == (
+    assert explain_error(MemoryError(), batch_size) == (
         1,
         f'out of memory with --batch_size {batch_size}: try {remedy}',
     )
 
 
 def test_our_own_errors_keep_their_traceback():
-    assert explain_error(RuntimeError('CUDA error: an illegal memory access'), 32, 4) == (0, '')
-    assert explain_error(ValueError('out of memory'), 32, 4) == (0, '')
+    assert explain_error(RuntimeError('CUDA error: an illegal memory access'), 32) == (0, '')
+    assert explain_error(ValueError('out of memory'), 32) == (0, '')

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import colorize
-from data_utils import PhotoFolder, PhotoLoader, PhotosInMemory
+from data_utils import PhotoFolder, PhotoLoader, load_photos
 from unet import UNet
 from utils.cli import explain_error
 from utils.device import Precision, channels_last, check_compiler, choose_device, free_memory
@@ -47,7 +47,7 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
         progress = colorize.Progress()
         losses.append(
             colorize.train_epoch(
-                net, optimizer, batches(home), progress, Precision(precision, home)
+                net, optimizer, batches(home), progress, colorize.Recipe(Precision(precision, home))
             )
         )
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
@@ -56,11 +56,11 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
 @pytest.mark.parametrize('name', PRECISIONS)
 def test_a_step_does_not_wait_for_the_gpu(device, name):
     net, optimizer = new_network(device)
-    precision, (batch, *_) = Precision(name, device), batches(device)
-    colorize.train_step(net, optimizer, precision, batch, 4)  # the first one prepares
+    recipe, (batch, *_) = colorize.Recipe(Precision(name, device)), batches(device)
+    colorize.train_step(net, optimizer, recipe, batch, 4)  # the first one prepares
     torch.cuda.set_sync_debug_mode('error')
     try:
-        colorize.train_step(net, optimizer, precision, batch, 4)
+        colorize.train_step(net, optimizer, recipe, batch, 4)
     finally:
         torch.cuda.set_sync_debug_mode('default')
 
@@ -70,7 +70,8 @@ def test_a_step_without_a_photo(device, name):
     net, optimizer = new_network(device)
     before = [weight.clone() for weight in net.parameters()]
     x, y = batches(device, [0])[0]
-    assert colorize.train_step(net, optimizer, Precision(name, device), (x, y), 4).item() == 0
+    recipe = colorize.Recipe(Precision(name, device))
+    assert colorize.train_step(net, optimizer, recipe, (x, y), 4).item() == 0
     assert all(map(torch.equal, before, net.parameters()))
 
 
@@ -89,8 +90,8 @@ def test_compiled_steps_are_the_same_steps(device, kwargs):
 @pytest.mark.parametrize('home', ['GPU', 'host', 'disk'])
 def test_batches_are_those_of_a_run_on_the_cpu(drawings, device, home):
     folder = PhotoFolder(drawings, 16, num_workers=0)
-    in_memory = PhotosInMemory(folder, torch.device('cpu'))
-    photos = dict(GPU=PhotosInMemory(folder, device), host=in_memory, disk=folder)[home]
+    in_memory = load_photos(folder, torch.device('cpu'))
+    photos = dict(GPU=load_photos(folder, device), host=in_memory, disk=folder)[home]
     expected = PhotoLoader(in_memory, range(50), 8, seed=3)
     for (x, y), (x1, y1) in zip(
         PhotoLoader(photos, range(50), 8, device, seed=3), expected, strict=True
@@ -102,7 +103,7 @@ def test_batches_are_those_of_a_run_on_the_cpu(drawings, device, home):
 def test_too_large_a_batch_names_a_smaller_one(device):
     with pytest.raises(torch.OutOfMemoryError) as error:
         torch.empty(2 * free_memory(device) + 2**40, dtype=torch.uint8, device=device)
-    code, line = explain_error(error.value, 32, 0)
+    code, line = explain_error(error.value, 32)
     assert code == 1 and line.endswith('try --batch_size 16 or less')
 
 
