@@ -129,7 +129,7 @@ def photos_in_memory(args, root, device, limit=None):
     """Return the first `limit` photos below `root`, in memory."""
     folder = PhotoFolder(root, args.image_size, args.num_workers)
     folder.keep(list(range(len(folder)))[:limit], [])
-    return load_photos(folder, device)
+    return load_photos(folder, torch.device(device))
 
 
 def new_network(args, device):
@@ -419,7 +419,9 @@ def processes(args):
                 )
             if done.returncode:
                 raise MeasurementFailed(f'{name} failed: exit code {done.returncode}')
-            rates[name].append(float(re.findall(r'([0-9.]+) photos/s', done.stdout)[-1]))
+            rates[name].append(
+                float(re.findall(r'^ +2/2 .* ([0-9.]+)(?: \*)?$', done.stdout, re.MULTILINE)[-1])
+            )
     one, two = (median(rate) for rate in rates.values())
     table(
         f'training, photos/s, batch {args.batch_size} over all processes, {square(args)}',

@@ -35,7 +35,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 class ArgumentParser(argparse.ArgumentParser):
     """Show a program's docstring as its help, and refuse wrong arguments in one line."""
 
-    def __init__(self, prog, description):
+    def __init__(self, prog=None, description=None):
         super().__init__(prog, None, description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
