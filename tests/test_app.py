@@ -194,6 +194,7 @@ def test_a_transparent_photo(window, home, drawings):
 @needs_browser
 def test_an_example_is_tried_with_a_click(window):
     page = window()
+    page.wait_for_selector('#examples img')
     assert page.locator('#examples img').count() == 7
     page.locator('#examples button:has(img)').nth(2).click()
     page.wait_for_selector('#result img')

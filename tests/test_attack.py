@@ -194,6 +194,7 @@ def test_02_a_kill_between_the_two_files_of_weights(tmp_path, monkeypatch, kill)
     """The repeated epoch must not take the latest weights for somebody else's."""
     net, replaced = UNet(), []
     RunFolder(tmp_path, 'A', True).save_weights(net)
+    (tmp_path / 'runs/A/checkpoint.pth').touch()  # these weights belong to it
     torch.nn.init.ones_(net.last_conv.bias)
 
     def replace(*names, real=os.replace):
@@ -208,7 +209,7 @@ def test_02_a_kill_between_the_two_files_of_weights(tmp_path, monkeypatch, kill)
     RunFolder(tmp_path, 'A', True).save_weights(net)
     assert sorted(os.listdir(tmp_path)) == ['runs', 'unet.pth']
     assert (tmp_path / 'unet.pth').read_bytes() == (tmp_path / 'runs/A/unet.pth').read_bytes()
-    assert sorted(os.listdir(tmp_path / 'runs/A')) == ['.lock', 'unet.pth']
+    assert sorted(os.listdir(tmp_path / 'runs/A')) == ['.lock', 'checkpoint.pth', 'unet.pth']
 
 
 # ---------------------------------------------------------------------------- 3: where they are
