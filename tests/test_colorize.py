@@ -1,6 +1,7 @@
 import io
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -251,13 +252,33 @@ def test_a_dry_run_goes_through_everything_and_keeps_nothing(train, tmp_path):
     assert list(tmp_path.iterdir()) == [] and printed.err == ''
 
 
-def test_a_tiny_run_learns(train, tmp_path):
-    """The script is its own test: it must get somewhere."""
-    train('--batch_size', 8, '--epochs', 8)
+def squared_error(path, truth):
+    a, b = (pil_to_tensor(image).float() for image in (Image.open(path).convert('RGB'), truth))
+    return (a - b).square().mean().item()
+
+
+def test_a_tiny_run_learns(train, run, drawings, tmp_path):
+    """The script is its own test: it and the commands that it prints must get somewhere."""
+    out = train('--batch_size', 8, '--epochs', 8).out
     curve = curves(tmp_path)
     # a network that learns nothing, or only gray, is not better than the gray copy
     assert curve[GAIN][-1][1] > 1
     assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
+
+    commands = re.findall(r'^    python (predict\.py) (.*)$', out, re.MULTILINE)
+    assert len(commands) == 2
+    for program, words in commands:
+        run(program, *shlex.split(words.replace('YOUR_PHOTOS', str(drawings))))
+    assert len(list((tmp_path / 'compared').glob('*.jpg'))) == 4
+    results = sorted((tmp_path / 'colorized').rglob('*.jpg'))
+    assert len(results) == 56
+    colorized = gray = 0
+    for result in results:
+        truth = Image.open(drawings / result.relative_to(tmp_path / 'colorized'))
+        truth.convert('L').save(tmp_path / 'gray.png')
+        colorized += squared_error(result, truth)
+        gray += squared_error(tmp_path / 'gray.png', truth)
+    assert colorized < 0.8 * gray  # about 1 dB
 
 
 def test_a_demo_that_does_not_learn_says_so(train, drawings, tmp_path):
