@@ -391,6 +391,9 @@ def main(argv=None):
 
 if __name__ == '__main__':
     exit_code = main()
-    if exit_code > 128:  # stopped: Python would wait for threads, and those for a dead disk
+    if exit_code > 128 or distributed.world_size > 1:
+        # Python would wait for threads: of a dead disk, or of torch's process group
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)

@@ -34,10 +34,13 @@ def init(device):
 
 
 def cleanup():
-    """Leave the other processes."""
+    """Wait for the other processes, so that none leaves while another still needs it.
+
+    The process group is left to the end of the process: with torch 2.4, destroying it can wait
+    forever.
+    """
     if dist.is_initialized():
-        barrier()  # with torch 2.4, who leaves early can leave others waiting
-        dist.destroy_process_group()
+        barrier()
 
 
 def all_reduce_sum(*numbers):
