@@ -216,7 +216,7 @@ def main():
     try:
         return PARTS[args.part](args)
     except Exception as error:
-        code, line = cli.explain_error(error, args.batch_size, 0)
+        code, line = cli.explain_error(error, args.batch_size)
         if not code:
             raise
         print(f'gpu.py: {line}', file=sys.stderr)

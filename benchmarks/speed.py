@@ -108,7 +108,7 @@ def measurement(part, args):
     try:
         result = MEASUREMENTS[part](args)
     except Exception as error:
-        code, line = cli.explain_error(error, args.batch_size, args.num_workers)
+        code, line = cli.explain_error(error, args.batch_size)
         if not code:
             raise
         result = dict(error=line)
