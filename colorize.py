@@ -1,23 +1,19 @@
 """Train a UNet to colorize photos, and watch it learn in TensorBoard.
 
-    python colorize.py --demo                             # two minutes, on drawings of its own
-    python colorize.py --data_path my_photos --dry_run    # one small batch through everything
-    python colorize.py                                    # data/landscapes → unet.pth
-    python colorize.py --resume                           # go on where the run was stopped
-    torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
-    tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
-
-With --resume, what you leave out is taken from the run's checkpoint.
+python colorize.py --demo                             # two minutes, on drawings of its own
+python colorize.py --data_path my_photos --dry_run    # one small batch through everything
+python colorize.py                                    # data/landscapes → unet.pth
+python colorize.py --resume                           # go on where the run was stopped
+torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
+tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
 """
 
 import math
-import os
 import signal
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -34,27 +30,17 @@ from unet import UNet
 from utils import checkpoint, cli, color, distributed, report
 from utils.checkpoint import Progress, RunFolder, State, Stopped
 from utils.cli import UsageError
-from utils.device import (
-    Precision,
-    available_cpus,
-    channels_last,
-    check_compiler,
-    choose_device,
-    keep_freed_memory,
-)
+from utils.device import available_cpus, channels_last, check_compiler, choose_device, keep_memory
 from utils.distributed import all_reduce_sum, print0
+from utils.recipe import Precision, Recipe
 from utils.tensorboard import Page
 
 DEMO = dict(data_path='data/demo', epochs=8, batch_size=8, name='demo')
 DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
-WARM_UP = 0.2  # of all steps
 # what --resume takes from the checkpoint, unless the command line says it
 SETTINGS = 'lr epochs batch_size image_size seed val_fraction colorfulness_weight data_path'.split()
 # what a resumed run must have in common with its checkpoint
 FIXED = 'batch_size image_size seed val_fraction colorfulness_weight photos'.split()
-
-
-# ---------------------------------------------------------------------------- arguments
 
 
 def parse_args(argv, settings=()):
@@ -69,28 +55,20 @@ def parse_args(argv, settings=()):
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.multiple_of_8, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
-    add('--name', default='UNet', help='the folder in runs/')
-    add_flag('--resume', 'go on with the run of that name, if there is one')
+    add('--name', type=cli.folder_name, default='UNet', help='the folder in runs/')
+    add_flag('--resume', 'go on with the run of that name, if any; its flags need no repeating')
     add_flag('--dry_run', 'send one small batch through everything, and keep nothing')
     add_flag('--demo', 'draw small landscapes, and learn to colorize them')
     add_flag('--stream', 'read the photos from disk in every epoch, to save memory')
-    workers = min(8, available_cpus())
-    add('--num_workers', type=cli.nonnegative_int, default=workers, help='threads that read photos')
+    parser.add_num_workers(min(8, available_cpus()), 'threads that read photos')
     parser.add_device()
-    add(
-        '--precision',
-        choices=('auto', 'fp32', 'bf16', 'fp16'),
-        default='auto',
-        help='of the network',
-    )
+    add('--precision', choices='auto fp32 bf16 fp16'.split(), default='auto', help='of the network')
     add_flag('--compile', 'torch.compile the network, for long runs on a GPU')
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     # as text, so that a checkpoint's values are checked as those of flags are
     parser.set_defaults(**{name: str(settings[name]) for name in SETTINGS if name in settings})
     args = parser.parse_args(argv)
-    if args.name in ('', '.', '..') or '/' in args.name or os.sep in args.name:
-        parser.error(f'argument --name: {args.name!r} is not the name of a folder in runs/')
     if args.dry_run:
         args.epochs, args.resume = 1, False
     return args
@@ -115,28 +93,6 @@ def train(net, optimizer, loader, epochs=5, writer=None):
     return loss
 
 
-@dataclass
-class Recipe:
-    """How steps are taken. The defaults are the course's: squared error at a constant rate."""
-
-    precision: Precision = Precision()
-    colorfulness_weight: float = 0.0
-    lr: float | None = None  # the highest; None leaves the optimizer's rate alone
-    steps: int = 0  # of the whole run, for the rate
-
-    def objective(self, squared_error, dullness):
-        """Return what is minimized."""
-        return squared_error + self.colorfulness_weight * dullness
-
-    def get_lr(self, step):
-        """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
-        warm_up = math.ceil(WARM_UP * self.steps)
-        if step < warm_up:
-            return self.lr * (step + 1) / warm_up
-        done = (step - warm_up) / max(1, self.steps - warm_up)
-        return self.lr * (1 + math.cos(math.pi * min(1, done))) / 2
-
-
 def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):  # noqa: B008
     """Train for one epoch, or for what `progress` leaves of it, and return its mean loss per photo.
 
@@ -152,17 +108,18 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         if signum:
             break
         if recipe.lr:
-            set_lr(optimizer, recipe.get_lr(progress.epoch * len(loader) + progress.step))
+            for group in optimizer.param_groups:
+                group['lr'] = recipe.get_lr(progress.epoch * len(loader) + progress.step)
         progress.step += 1
         if batch_size:  # 0 if none of the batch could be read
             loss = train_step(model, optimizer, recipe, (x.to(device), y.to(device)), batch_size)
             losses.append((progress.step, loss))
             progress.photos += len(x)
         if time.monotonic() - synced > 0.5:
-            sync_losses(losses, progress)
+            progress.sync_losses(losses)
             bar.set_postfix_str(f'loss {progress.loss_sum / max(1, progress.photos):.4f}')
             synced = time.monotonic()
-    sync_losses(losses, progress)
+    progress.sync_losses(losses)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f'a weight is not finite {progress.describe_position()}')
     progress.loss_sum, photos = all_reduce_sum(progress.loss_sum, progress.photos)
@@ -195,23 +152,6 @@ def train_step(model, optimizer, recipe, share, batch_size):
     scaler.step(optimizer)
     scaler.update()
     return loss.detach()
-
-
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-
-
-def sync_losses(losses, progress):
-    """Add up the losses (step, tensor): only here the host waits for the device."""
-    if not losses:
-        return
-    steps, values = zip(*losses, strict=True)
-    for step, loss in zip(steps, torch.stack(values).tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f'the loss is {loss} {progress.describe_position(step)}')
-        progress.loss_sum += loss
-    losses.clear()
 
 
 def progress_bar(loader, progress):
@@ -253,7 +193,6 @@ def fit(state, data, recipe, run_folder, epochs, stop):
     page = Page(run_folder.path, data.samples, progress.epoch + 1) if run_folder else None
     if page:
         page.log_start(UNet(), state.settings, is_new=progress == Progress())
-        print0(report.HEADER)
     while progress.epoch < epochs:
         data.train_loader.epoch, data.train_loader.first_step = progress.epoch, progress.step
         start, before = time.perf_counter(), progress.photos
@@ -295,10 +234,7 @@ def fit_or_save(state, data, recipe, run_folder, epochs, stop):
 
 
 def run(args, argv, base, stop):
-    """Run the training, from the photos to the weights, below the folder `base`.
-
-    Returns the exit code.
-    """
+    """Run the training, from photos to weights, in the folder `base`; return the exit code."""
     device = choose_device(args.device, distributed.local_rank)
     if args.compile:
         check_compiler(device)
@@ -330,7 +266,15 @@ def run(args, argv, base, stop):
             state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
         if code := fit_or_save(state, data, recipe, run_folder, args.epochs, stop):
             return code
-    return finish(args, run_folder, state.progress, data) if run_folder else 0
+    if args.dry_run:
+        print0('the dry run went through everything, and kept nothing')
+    elif run_folder:
+        to_colorize = args.data_path if args.demo else 'YOUR_PHOTOS'
+        report.print_end(run_folder, state.progress, data, to_colorize)
+        if args.demo and args.val_fraction and state.progress.best_gain < DEMO_GAIN:
+            print0(f'colorize.py: the demo should gain {DEMO_GAIN:g} dB', file=sys.stderr)
+            return 1
+    return 0
 
 
 def load_saved(args, argv, base):
@@ -346,19 +290,6 @@ def load_saved(args, argv, base):
     return saved
 
 
-def finish(args, run_folder, progress, data):
-    """Print what was reached and what comes next; return the exit code."""
-    if args.dry_run:
-        print0('the dry run went through everything, and kept nothing')
-        return 0
-    to_colorize = args.data_path if args.demo else 'YOUR_PHOTOS'
-    report.print_end(run_folder, progress, data.sample_paths if data else [], to_colorize)
-    if args.demo and args.val_fraction and progress.best_gain < DEMO_GAIN:
-        print0(f'colorize.py: the demo should gain {DEMO_GAIN:g} dB', file=sys.stderr)
-        return 1
-    return 0
-
-
 def new_state(settings, recipe, device):
     """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(settings['seed'])
@@ -372,28 +303,17 @@ def main(argv=None):
     cli.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     stop = checkpoint.StopSignal()
-    keep_freed_memory()
+    keep_memory()
     try:
         with tempfile.TemporaryDirectory() if args.dry_run else nullcontext('') as base:
-            stop.temporary = base if args.dry_run else None
+            stop.temporary = base
             code = run(args, argv, Path(base), stop)
         distributed.cleanup()
         return code
     except Exception as error:
-        code, line = cli.explain_error(error, args.batch_size)
-        if not code:
-            raise
-        print(f'colorize.py: {line}', file=sys.stderr)
-        return code
+        return cli.exit_code(error, 'colorize.py', args.batch_size)
 
 
 if __name__ == '__main__':
-    exit_code = main()
-    if exit_code > 128 or distributed.world_size > 1:
-        # Python would wait for threads: of a dead disk, or of torch's process group
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    cli.exit(main())

@@ -111,13 +111,8 @@ def parse_args(argv):
         help='results show side by side the gray photo, the '
         'colorized one, and the original if that has color',
     )
-    add(
-        '--num_workers',
-        type=cli.nonnegative_int,
-        default=available_cpus(),
-        help='threads, each with a photo of its own [%(default)s here]',
-    )
-    add('--device', choices=('auto', 'cuda', 'mps', 'cpu'), default='auto', help='[%(default)s]')
+    parser.add_num_workers(available_cpus(), 'threads, each with a photo of its own')
+    parser.add_device()
     return parser.parse_intermixed_args(argv)
 
 
@@ -432,7 +427,6 @@ def report(jobs, output, seconds):
 def main(argv=None):
     cli.open_streams()
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors='backslashreplace')  # names need not be printable
     warnings.filterwarnings('ignore', module='PIL')  # of what it reads all the same
     try:
         with stop_signals():

@@ -216,11 +216,7 @@ def main():
     try:
         return PARTS[args.part](args)
     except Exception as error:
-        code, line = cli.explain_error(error, args.batch_size)
-        if not code:
-            raise
-        print(f'gpu.py: {line}', file=sys.stderr)
-        return code
+        return cli.exit_code(error, 'gpu.py', args.batch_size)
 
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ from utils.device import (  # noqa: E402
     channels_last,
     choose_device,
     describe_device,
-    keep_freed_memory,
+    keep_memory,
 )
 
 MULTIPLY_ADDS = 8.1e9  # of one 224×224 photo, forward; three times that with the backward pass
@@ -149,7 +149,7 @@ def new_network(args, device):
 
 def measure_training(args):
     """Seconds to read the photos and of each epoch; the held-out PSNR after it, where asked."""
-    keep_freed_memory()
+    keep_memory()
     device = choose_device('auto')
     precision = Precision(args.precision, device)
     start = time.perf_counter()
@@ -315,7 +315,7 @@ def new_step(args, device):
 
 def measure_network(args):
     """Photos per second of training steps."""
-    keep_freed_memory()
+    keep_memory()
     device = choose_device('auto')
     seconds = seconds_of(new_step(args, device), device, 20 if device.type == 'cuda' else 3)
     return dict(rate=args.batch_size / seconds, peak=peak_mb(device))
@@ -355,7 +355,7 @@ def network(args):
 def measure_start(args):
     """Seconds of each part until the first step is done."""
     imported = time.perf_counter() - START
-    keep_freed_memory()
+    keep_memory()
     begun = time.perf_counter()
     device = choose_device('auto')
     photos = photos_in_memory(args, args.data_path, device, args.limit)

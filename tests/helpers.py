@@ -71,7 +71,7 @@ def call(folder, *flags, program=colorize):
         if folder:
             patch.chdir(folder)
         patch.setattr(sys, 'argv', ['colorize.py', *words])
-        patch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it would outlast the test
+        patch.setattr(colorize, 'keep_memory', lambda: None)  # it would outlast the test
         patch.setattr(threading, 'excepthook', threading.excepthook)  # so that it is put back
         try:
             return program.main(words)

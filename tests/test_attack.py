@@ -77,7 +77,7 @@ def train(folder, *flags):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it outlasts the test
+        patch.setattr(colorize, 'keep_memory', lambda: None)  # it outlasts the test
         patch.setattr(threading, 'excepthook', threading.excepthook)  # so that it is put back
         patch.setattr(sys, 'argv', ['colorize.py'])
         try:

@@ -190,7 +190,7 @@ def test_each_precision_computes_in_its_numbers(name, dtype, scales):
 def program(drawings, tmp_path, monkeypatch):
     """program(flags...): the exit code of colorize.py on eight drawings, called in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(colorize, 'keep_freed_memory', lambda: None)  # it would outlast the test
+    monkeypatch.setattr(colorize, 'keep_memory', lambda: None)  # it would outlast the test
     monkeypatch.setattr(colorize.checkpoint, 'StopSignal', lambda: SimpleNamespace(signum=0))
     return lambda *flags: colorize.main(
         [

@@ -276,6 +276,20 @@ class Progress:
         self.best_epoch, self.best_gain = self.epoch + 1, gain
         return True
 
+    def sync_losses(self, losses):
+        """Add up and forget the losses (step, tensor): only here the host waits for the device.
+
+        Raises FloatingPointError if one is not finite.
+        """
+        if not losses:
+            return
+        steps, values = zip(*losses, strict=True)
+        for step, loss in zip(steps, torch.stack(values).tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f'the loss is {loss} {self.describe_position(step)}')
+            self.loss_sum += loss
+        losses.clear()
+
     def describe_position(self, step=None):
         """Return in words where the run is, or was at the given step of the running epoch."""
         return f'at step {step or self.step} of epoch {self.epoch + 1}'

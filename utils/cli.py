@@ -23,13 +23,16 @@ def open_streams():
         if getattr(sys, name) is None:
             # the lowest free number is the closed stream's
             setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be printable
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Show the description as it is written, and defaults unless they are False."""
+    """Show the description as it is written, and defaults unless they are False or None."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is False else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -53,6 +56,10 @@ class ArgumentParser(argparse.ArgumentParser):
             default='auto',
             help='where the network runs',
         )
+
+    def add_num_workers(self, default, help):
+        """Add --num_workers, the same in every program."""
+        self.add_argument('--num_workers', type=nonnegative_int, default=default, help=help)
 
 
 # ---------------------------------------------------------------------------- types of numbers
@@ -82,7 +89,39 @@ nonnegative_float = number(float, lambda x: 0 <= x < math.inf, 'a number, 0 or a
 fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 
 
+def folder_name(text):
+    """Return the text, an argparse type: the name of a folder that lies in another."""
+    if text in ('', '.', '..') or '/' in text or os.sep in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not the name of a folder')
+    return text
+
+
 # ---------------------------------------------------------------------------- errors
+
+
+def exit_code(error, program, batch_size=0):
+    """Print an error that the user can mend in one line, and return the exit code.
+
+    Any other is our own mistake: it is raised again, and shows its traceback.
+    """
+    code, line = explain_error(error, batch_size)
+    if not code:
+        raise error
+    print(f'{program}: {line}', file=sys.stderr)
+    return code
+
+
+def exit(code):
+    """End the program with the exit code.
+
+    Stopped, or as one of several processes, it does so at once: Python would wait for its threads,
+    of which one may read from a dead disk, and one serve torch's process group.
+    """
+    if code > 128 or dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def explain_error(error, batch_size):

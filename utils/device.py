@@ -188,7 +188,7 @@ def free_memory(device):
         return free
 
 
-def keep_freed_memory():
+def keep_memory():
     """Make glibc keep the memory of one step's activations for the next step.
 
     By default it returns blocks of that size to the kernel, which clears every page when they are

@@ -29,7 +29,7 @@ def print_epoch(epoch, epochs, metrics, is_saved):
 
 
 def print_start(device, precision, data, run_folder):
-    """Print the machine, the numbers of photos, and the folder of the run."""
+    """Print the machine, the numbers of photos, the folder of the run, and the table's header."""
     if run_folder:
         training = len(data.train_loader.indices)
         validation = len(data.val_loader.indices) if data.val_loader else 0
@@ -37,6 +37,7 @@ def print_start(device, precision, data, run_folder):
             f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
             f'{validation} held out; logging in {run_folder.path}'
         )
+        print0(HEADER)
 
 
 def print_skipped(folder, run_folder):
@@ -87,11 +88,11 @@ def print_stopped(progress, name, is_kept):
     )
 
 
-def print_end(run_folder, progress, samples, photos):
+def print_end(run_folder, progress, data, photos):
     """Print where the weights are, how good they are, and the commands to use them.
 
-    `samples` are paths of photos that show what the network makes of them, `photos` is what to
-    colorize after that.
+    The samples of `data` show what the network makes of them; it is None if the run was finished
+    before. `photos` is what to colorize after that.
     """
     if not run_folder.weights.exists():
         print0(
@@ -105,14 +106,14 @@ def print_end(run_folder, progress, samples, photos):
         print0(verdict(progress.best_gain))
     option = [] if weights == run_folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
-    if samples:
+    if data:
         print0(
             '    '
             + shlex.join(
                 [
                     'python',
                     'predict.py',
-                    *samples[::4],
+                    *data.sample_paths[::4],
                     *option,
                     '--compare',
                     '--output',
