@@ -43,9 +43,9 @@ SETTINGS = 'lr epochs batch_size image_size seed val_fraction colorfulness_weigh
 FIXED = 'batch_size image_size seed val_fraction colorfulness_weight photos'.split()
 
 
-def parse_args(argv, settings=()):
+def parse_args(argv, settings=(), program='colorize.py'):
     """Return the parsed command line; what it leaves out comes from a checkpoint's `settings`."""
-    parser = cli.ArgumentParser('colorize.py', __doc__)
+    parser = cli.ArgumentParser(program, __doc__)
     add, add_flag = parser.add_argument, parser.add_flag
     add('--data_path', default='data/landscapes', help='a folder of photos')
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
@@ -279,14 +279,13 @@ def run(args, argv, base, stop):
 
 def load_saved(args, argv, base):
     """Return the checkpoint that --resume goes on from, and complete `args` from it; else None."""
-    saved = None
+    saved, path = None, base / 'runs' / args.name / 'checkpoint.pth'
     if args.resume and distributed.rank == 0:
-        path = base / 'runs' / args.name / 'checkpoint.pth'
         # the network and the settings tell of what types and shapes a checkpoint is
         like = {name: getattr(args, name) for name in SETTINGS} | dict(photos='')
         saved = checkpoint.load_checkpoint(path, UNet(), like)
     if saved := distributed.broadcast(saved):
-        vars(args).update(vars(parse_args(argv, saved['settings'])))
+        vars(args).update(vars(parse_args(argv, saved['settings'], f'colorize.py: {path}')))
     return saved
 
 

@@ -134,14 +134,16 @@ def predict_chroma(net, gray, size=None):
     """Return the chroma that the network gives a gray PIL image: float (2, H, W) on the CPU.
 
     It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]. The network sees a reduced copy,
-    H×W, its shorter side about `size`, its longer at most 4 * `size`.
+    H×W, its shorter side about `size`, its longer at most 4 * `size`. Raises FloatingPointError.
     """
     x = pil_to_tensor(gray.resize(seen_size(net, gray.size, size), Image.Resampling.BILINEAR))
     device = next(net.parameters()).device
     x = x[None].to(device) / 127.5 - 1
     with Precision('auto', device).autocast:
-        y = net(x)
-    color = merge_luminance(y.float(), (x + 1) / 2)
+        y = net(x).float()
+    if not y.isfinite().all():
+        raise FloatingPointError('with these weights, the network computes no finite colors')
+    color = merge_luminance(y, (x + 1) / 2)
     red, _, blue = (color - luminance(color))[0]
     return torch.stack([blue / 1.772, red / 1.402]).cpu()
 

@@ -98,7 +98,7 @@ class Trial:
         self.runs += 1
         folder = self.base / f'run_{self.runs}'
         folder.mkdir()
-        flags = ['--stream'] if self.runs % 3 == 0 else []
+        flags = ['--resume', '--stream'] if self.runs % 3 == 0 else ['--resume']
         barren = 0
         while True:
             training = Training(folder, self.photos, *flags)
@@ -117,7 +117,7 @@ class Trial:
             found.append(f'{made} steps were made, not {self.steps}')
         self.found += [f'{folder.name}: {difference}' for difference in found]
         print(
-            f'{folder.name} {" ".join(flags):8}  {sum(self.signals.values()):3} times stopped  '
+            f'{folder.name} {" ".join(flags):17}  {sum(self.signals.values()):3} times stopped  '
             f'{made - self.steps:2} steps repeated  {len(found)} differences',
             flush=True,
         )

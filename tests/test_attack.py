@@ -20,6 +20,7 @@ from PIL import Image
 
 import colorize
 import data_utils
+import predict
 from data_utils import PhotoFolder
 from unet import UNet
 from utils import distributed
@@ -613,6 +614,37 @@ def test_12_a_pickle_that_overflows_the_stack(tmp_path):
         match='x.pth is a damaged or truncated file; nothing in it was run; move it away',
     ):
         load_checkpoint(tmp_path / 'x.pth', UNet(), settings())
+
+
+def test_12_a_key_that_takes_forever_to_hash(tmp_path):
+    """A tuple of the same tuple twice, 60 levels deep: its hash takes 2 ** 60 steps."""
+    torch.save({}, tmp_path / 'x.pth')
+    level = b'q\x00h\x00h\x00\x86'  # keep the top of the stack, and take it twice more
+    repack(
+        tmp_path / 'x.pth',
+        zipfile.ZIP_STORED,
+        lambda _: b'\x80\x02})' + level * 60 + b'K\x01s.',
+    )
+    with pytest.raises(UsageError, match='x.pth is a damaged or truncated file'):
+        load_weights(UNet(), tmp_path / 'x.pth')
+
+
+def test_12_impossible_settings_name_the_checkpoint(again, trained, tmp_path, capfd):
+    torch.save(spoil(trained[1], 'settings.lr', -1.0), tmp_path / CHECKPOINT)
+    assert again('--epochs', 2) == 2
+    assert capfd.readouterr().err == (
+        f'colorize.py: {CHECKPOINT}: argument --lr: -1.0 is not a number above 0\n'
+    )
+
+
+def test_12_weights_so_large_that_no_color_is_finite(photos, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    photo = str(sorted(photos.iterdir())[0])
+    torch.save({name: value.fill_(1e30) for name, value in UNet().state_dict().items()}, 'x.pth')
+    assert predict.main([photo, '--weights', 'x.pth', '--device', 'cpu']) == 1
+    error = capfd.readouterr().err
+    assert error.count('\n') == 1 and 'the network computes no finite colors' in error
+    assert not list((tmp_path / 'colorized').glob('*.*'))
 
 
 def test_12_a_file_that_grows_in_memory(tmp_path):

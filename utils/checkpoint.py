@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import signal
@@ -132,20 +133,31 @@ def load_tensors(path):
 
 
 def refuse_bomb(path):
-    """Raise ValueError if reading the file could take far more memory than torch.save wrote.
+    """Raise ValueError if reading the file could take far more memory or time than it should.
 
-    It compresses nothing. In a long pickle, deeply nested tuples would overflow torch's stack.
+    torch.save compresses nothing. In a long pickle, deeply nested tuples would overflow torch's
+    stack. A tuple that is used twice, in one that is used twice, … takes forever as a key.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    if sum(member.file_size for member in members) > os.path.getsize(path):
-        raise ValueError('it grows when it is read')
-    if any(
-        member.file_size > LARGEST_PICKLE
-        for member in members
-        if member.filename.lower().endswith('.pkl')
-    ):
-        raise ValueError('its pickle is too long')
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError('it grows when it is read')
+        for member in members:
+            if member.filename.lower().endswith('.pkl'):
+                if member.file_size > LARGEST_PICKLE:
+                    raise ValueError('its pickle is too long')
+                refuse_shared_tuples(archive.read(member))
+
+
+def refuse_shared_tuples(content):
+    """Raise ValueError if a pickle uses a tuple twice: torch.save makes each anew."""
+    tuples, made = set(), False
+    for opcode, argument, _ in pickletools.genops(content):
+        if 'GET' in opcode.name and argument in tuples or opcode.name == 'DUP':
+            raise ValueError('a tuple is used twice')
+        if made and 'PUT' in opcode.name:
+            tuples.add(argument)
+        made = opcode.name.startswith('TUPLE')
 
 
 def describe_mismatch(found, expected, name=''):
