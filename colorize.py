@@ -260,7 +260,7 @@ def run(args, argv, base, stop):
         source = load_photos(photos, device, args.stream)
         report.print_skipped(photos, run_folder)
         data = Data(source, indices, photos, args.batch_size, device, args.seed)
-        report.print_start(device, recipe.precision, data, run_folder)
+        report.print_start(device, recipe.precision, data, run_folder, state.progress)
         recipe.steps = args.epochs * len(data.train_loader)
         if args.compile:
             state.net.compile(dynamic=False)  # else the smaller last batch slows down all others

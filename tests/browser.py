@@ -168,6 +168,6 @@ def settings(page, url):
     until(lambda: 'UNet' in cells(), True)
     half = len(cells()) // 2
     return (
-        set(page.locator('.hparam-checkbox').evaluate_all(text)),
+        page.locator('.hparam-checkbox').evaluate_all(text),
         dict(zip(cells()[:half], cells()[half:], strict=True)),
     )

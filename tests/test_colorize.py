@@ -268,7 +268,7 @@ def test_a_tiny_run_learns(train, run, drawings, tmp_path):
     commands = re.findall(r'^    python (predict\.py) (.*)$', out, re.MULTILINE)
     assert len(commands) == 2
     for program, words in commands:
-        run(program, *shlex.split(words.replace('YOUR_PHOTOS', str(drawings))))
+        run(program, *shlex.split(words.replace('YOUR_PHOTOS', str(drawings)), comments=True))
     assert len(list((tmp_path / 'compared').glob('*.jpg'))) == 4
     results = sorted((tmp_path / 'colorized').rglob('*.jpg'))
     assert len(results) == 56

@@ -4,12 +4,13 @@ import contextlib
 import shlex
 import sys
 
+from utils.checkpoint import Progress
 from utils.device import describe_device
 from utils.distributed import print0
 
 HEADER = (
-    '         training  validation     PSNR in dB        gain over  vividness,\n'
-    '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s'
+    '         training  validation     PSNR in dB        gain over  vividness,    * = weights\n'
+    '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s saved'
 )
 NAMED = 10  # so many gray photos are named on the terminal
 
@@ -28,8 +29,8 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
-def print_start(device, precision, data, run_folder):
-    """Print the machine, the numbers of photos, the folder of the run, and the table's header."""
+def print_start(device, precision, data, run_folder, progress):
+    """Print the machine, the numbers of photos, where the run begins, and the table's header."""
     if run_folder:
         training = len(data.train_loader.indices)
         validation = len(data.val_loader.indices) if data.val_loader else 0
@@ -37,6 +38,8 @@ def print_start(device, precision, data, run_folder):
             f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
             f'{validation} held out; logging in {run_folder.path}'
         )
+        if progress != Progress():
+            print0(f'going on in epoch {progress.epoch + 1} after step {progress.step}')
         print0(HEADER)
 
 
@@ -68,8 +71,13 @@ def verdict(gain):
     """Return in words what a gain over the gray copy, in dB, says of a network."""
     if gain < 0.1:
         return (
-            f'It does not colorize yet ({gain:+.1f} dB over the gray copy): try more --epochs, '
-            'more photos, or a smaller --image_size.'
+            f'It does not colorize yet ({gain:+.1f} dB over the gray copy): try more --epochs '
+            'or more photos.'
+        )
+    if gain < 1:
+        return (
+            f'It begins to colorize: {gain:.1f} dB better than the gray copy. More --epochs or '
+            'more photos should give more.'
         )
     return f'It colorizes: {gain:.1f} dB better than the gray copy.'
 
@@ -107,18 +115,13 @@ def print_end(run_folder, progress, data, photos):
     option = [] if weights == run_folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
     if data:
-        print0(
-            '    '
-            + shlex.join(
-                [
-                    'python',
-                    'predict.py',
-                    *data.sample_paths[::4],
-                    *option,
-                    '--compare',
-                    '--output',
-                    'compared',
-                ]
-            )
-        )
+        words = [
+            'predict.py',
+            *data.sample_paths[::4],
+            *option,
+            '--compare',
+            '--output',
+            'compared',
+        ]
+        print0(f'    python {shlex.join(words)}    # gray, colorized, true')
     print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')

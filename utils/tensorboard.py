@@ -54,9 +54,7 @@ class Page:
             warnings.simplefilter('ignore')
             self.writer.add_graph(net, torch.zeros(1, *self.x.shape[1:]))
         with harmless():
-            # as words: numbers would be shown as 32.000
-            words = {name: str(value) for name, value in settings.items() if name != 'data_path'}
-            for summary in hparams(words, dict.fromkeys(METRICS, 0)):
+            for summary in hparams(describe_settings(settings), dict.fromkeys(METRICS, 0)):
                 self.writer.file_writer.add_summary(summary)
 
     @torch.no_grad()
@@ -101,6 +99,18 @@ class Page:
         if self.writer:
             with harmless():
                 self.writer.close()
+
+
+def describe_settings(settings):
+    """Return what influences the result as the words of the tab HParams.
+
+    It shows the first five in the order of the alphabet: those that one changes most. Numbers, it
+    would show as 32.000.
+    """
+    names = dict(photos='trained on', val_fraction='val_fraction')
+    names |= {name: name for name in ('colorfulness_weight', 'image_size', 'lr', 'seed')}
+    words = {shown: str(settings[name]) for name, shown in names.items()}
+    return words | {'epochs × batch_size': f'{settings["epochs"]} × {settings["batch_size"]}'}
 
 
 def silence_writer_thread():
