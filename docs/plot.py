@@ -12,7 +12,11 @@ DOCS = Path(__file__).resolve().parent
 HEADING = '## What livelier colors cost'
 WIDTH, HEIGHT, MARGIN = 640, 360, 56
 X, Y = (50, 105), (0.6, 1.5)  # of the axes: % of the truth's colorfulness, dB
-CURVES = {'plain': ('#888', 'turned up afterwards'), 'term': ('#d55e00', 'asked for in training')}
+CURVES = {  # name: (color, words)
+    'afterwards': ('#888', 'squared error alone, turned up afterwards'),
+    'training': ('#0072b2', 'asked for in training: weights 0.3 and 0.5'),
+    'both': ('#d55e00', 'weight 0.3, turned up afterwards'),
+}
 
 
 def read_points(text):
@@ -21,10 +25,13 @@ def read_points(text):
     row = r'^\| ([\d.]+) \| ([\d.]+) \| \+([\d.]+) ± [\d.]+ dB \| ([\d.]+) ± [\d.]+ % \|$'
     points = {name: [] for name in CURVES}
     for weight, saturation, gain, share in re.findall(row, table, re.MULTILINE):
-        if weight == '0':
-            points['plain'].append((float(share), float(gain)))
-        if saturation == '1':
-            points['term'].append((float(share), float(gain)))
+        is_in = {
+            'afterwards': weight == '0',
+            'training': saturation == '1' and weight != '0',
+            'both': weight == '0.3',
+        }
+        for name in filter(is_in.get, CURVES):
+            points[name].append((float(share), float(gain)))
     return points
 
 
@@ -56,13 +63,13 @@ def draw(points):
         parts.append(draw_text(x - 8, y + 4, f'+{tenth / 10}', 'end'))
         parts.append(f'<path d="M{x} {y}h{WIDTH - 2 * MARGIN}" stroke="#ddd"/>')
     parts.append(draw_text(WIDTH / 2, HEIGHT - 12, "% of the truth's colorfulness"))
-    parts.append(draw_text(MARGIN, 30, 'dB over the gray copy'))
+    parts.append(draw_text(MARGIN, 30, 'dB over the gray copy', 'start'))
     for line, (name, (color, words)) in enumerate(CURVES.items()):
         places = [place(*point) for point in points[name]]
         path = ' '.join(f'{x},{y}' for x, y in places)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>' for x, y in places]
-        parts.append(draw_text(WIDTH - MARGIN, 30 + 18 * line, words, 'end', color))
+        parts.append(draw_text(MARGIN + 20, HEIGHT - 120 + 18 * line, words, 'start', color))
     return '\n'.join([*parts, '</svg>\n'])
 
 

@@ -140,3 +140,12 @@ def test_links_lead_somewhere():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) < 200
+
+
+def test_the_plot_is_that_of_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'docs')
+    import plot
+
+    points = plot.read_points((ROOT / 'docs/measurements.md').read_text('utf-8'))
+    assert [len(points[name]) for name in plot.CURVES] == [5, 2, 3]
+    assert (ROOT / 'docs/colorfulness.svg').read_text('utf-8') == plot.draw(points)
