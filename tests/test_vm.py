@@ -297,13 +297,21 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, login, drawings, tmp_p
 
     laptop.type(from_page('ssh USER@VM_ADDRESS mkdir -p colorize'))
     laptop.type(
-        from_page('scp -r *.py *.sh *.txt *.toml utils tests benchmarks USER@VM_ADDRESS:colorize')
+        from_page(
+            'scp -r *.py *.sh *.txt *.toml *.md utils tests benchmarks docs '
+            'USER@VM_ADDRESS:colorize'
+        )
     )
     assert {path.name for path in there.iterdir()} == {
         'utils',
         'tests',
         'benchmarks',
-        *(path.name for kind in ('py', 'sh', 'txt', 'toml') for path in ROOT.glob(f'*.{kind}')),
+        'docs',
+        *(
+            path.name
+            for kind in ('py', 'sh', 'txt', 'toml', 'md')
+            for path in ROOT.glob(f'*.{kind}')
+        ),
     }
     (laptop.project / 'unet.py').write_text((ROOT / 'unet.py').read_text() + '# changed\n')
     laptop.type(
