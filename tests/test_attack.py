@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -685,18 +686,8 @@ def test_12_an_impossible_image_size_is_refused(tmp_path, size):
 
 @pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
 def test_13_closed_streams(photos, tmp_path, closed):
-    command = ' '.join(
-        [
-            sys.executable,
-            str(ROOT / 'colorize.py'),
-            *FLAGS,
-            '--epochs',
-            '1',
-            '--data_path',
-            str(photos),
-            closed,
-        ]
-    )
+    words = [sys.executable, str(ROOT / 'colorize.py'), *FLAGS, '--epochs', '1']
+    command = f'{shlex.join([*words, "--data_path", str(photos)])} {closed}'
     done = subprocess.run(['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == '', done
     load_weights(UNet(), tmp_path / 'unet.pth')

@@ -30,8 +30,9 @@ def page(drawings, tmp_path_factory):
     home = tmp_path_factory.mktemp('page')
     (home / 'data').mkdir()
     (home / 'data/landscapes').symlink_to(drawings)
-    train = from_page('python colorize.py').replace('python ', f'{sys.executable} {ROOT}/')
-    subprocess.run(train.split(), cwd=home, check=True, timeout=300)
+    _, program, *flags = from_page('python colorize.py').split()
+    train = [sys.executable, ROOT / program, *flags]
+    subprocess.run(train, cwd=home, check=True, timeout=300)
     port, log = free_port(), home / 'tensorboard.log'
     show = from_page('tensorboard --logdir runs --port 8898').replace('8898', str(port))
     words = [sys.executable, '-m', 'tensorboard.main', *show.split()[1:]]

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -683,7 +684,7 @@ def test_control_c_during_the_imports_has_no_traceback(home):
 def test_closed_streams(home, closed, code):
     scene().save('a.png')
     done = subprocess.run(
-        f'{sys.executable} {ROOT}/predict.py a.png --size 32 {closed}',
+        f'{shlex.join([sys.executable, str(ROOT / "predict.py")])} a.png --size 32 {closed}',
         shell=True,
         capture_output=True,
         text=True,
