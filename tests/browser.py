@@ -62,7 +62,7 @@ def started(words, log, **kwargs):
 
 def says(log, program, text):
     """Waits until the program has written `text` into `log`."""
-    until(lambda: text in log.read_text() or program.poll() is not None, True, 60)
+    until(lambda: text in log.read_text() or program.poll() is not None, True, 180)
     assert text in log.read_text(), log.read_text()
 
 
