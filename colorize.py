@@ -1,11 +1,12 @@
 """Train a UNet to colorize photos, and watch it learn in TensorBoard.
 
-python colorize.py --demo                             # two minutes, on drawings of its own
-python colorize.py --data_path my_photos --dry_run    # one small batch through everything
-python colorize.py                                    # data/landscapes → unet.pth
-python colorize.py --resume                           # go on where the run was stopped
-torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
-tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
+    python colorize.py --demo                             # two minutes, on drawings of its own
+    python colorize.py --data_path my_photos --dry_run    # one small batch through everything
+    python colorize.py                                    # data/landscapes → unet.pth
+    python colorize.py --resume                           # go on where the run was stopped
+    torchrun --nproc_per_node=gpu colorize.py             # on all GPUs of this machine
+    tensorboard --logdir runs --port 8898                 # the page: http://localhost:8898
+With --resume, what you leave out is taken from the run's checkpoint.
 """
 
 import math
@@ -56,7 +57,7 @@ def parse_args(argv, settings=(), program='colorize.py'):
     add('--image_size', type=cli.multiple_of_8, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
     add('--name', type=cli.folder_name, default='UNet', help='the folder in runs/')
-    add_flag('--resume', 'go on with the run of that name, if any; its flags need no repeating')
+    add_flag('--resume', 'go on with the run of that name, if there is one')
     add_flag('--dry_run', 'send one small batch through everything, and keep nothing')
     add_flag('--demo', 'draw small landscapes, and learn to colorize them')
     add_flag('--stream', 'read the photos from disk in every epoch, to save memory')

@@ -620,7 +620,7 @@ def test_12_a_pickle_that_overflows_the_stack(tmp_path):
 def test_12_a_key_that_takes_forever_to_hash(tmp_path):
     """A tuple of the same tuple twice, 60 levels deep: its hash takes 2 ** 60 steps."""
     torch.save({}, tmp_path / 'x.pth')
-    level = b'q\x00h\x00h\x00\x86'  # keep the top of the stack, and take it twice more
+    level = b'q\x00h\x00\x86'  # note the top of the stack, push it again, join both
     repack(
         tmp_path / 'x.pth',
         zipfile.ZIP_STORED,

@@ -103,7 +103,7 @@ def jpeg(color):
     return file.getvalue()
 
 
-PHOTOS = {'city/1.jpg': jpeg('red'), 'city/2.JPG': jpeg('grey'), 'lake/1.jpeg': jpeg('blue')}
+PHOTOS = {'city/1.jpg': jpeg('red'), 'city/2.JPG': jpeg('gray'), 'lake/1.jpeg': jpeg('blue')}
 
 
 def make_zip(members):

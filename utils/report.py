@@ -4,7 +4,6 @@ import contextlib
 import shlex
 import sys
 
-from utils.checkpoint import Progress
 from utils.device import describe_device
 from utils.distributed import print0
 
@@ -38,7 +37,7 @@ def print_start(device, precision, data, run_folder, progress):
             f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
             f'{validation} held out; logging in {run_folder.path}'
         )
-        if progress != Progress():
+        if progress.epoch or progress.step:
             print0(f'going on in epoch {progress.epoch + 1} after step {progress.step}')
         print0(HEADER)
 
@@ -115,13 +114,6 @@ def print_end(run_folder, progress, data, photos):
     option = [] if weights == run_folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
     if data:
-        words = [
-            'predict.py',
-            *data.sample_paths[::4],
-            *option,
-            '--compare',
-            '--output',
-            'compared',
-        ]
-        print0(f'    python {shlex.join(words)}    # gray, colorized, true')
+        words = [*data.sample_paths[::4], *option, '--compare', '--output', 'compared']
+        print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
     print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')

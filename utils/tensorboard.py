@@ -107,10 +107,11 @@ def describe_settings(settings):
     It shows the first five in the order of the alphabet: those that one changes most. Numbers, it
     would show as 32.000.
     """
-    names = dict(photos='trained on', val_fraction='val_fraction')
-    names |= {name: name for name in ('colorfulness_weight', 'image_size', 'lr', 'seed')}
-    words = {shown: str(settings[name]) for name, shown in names.items()}
-    return words | {'epochs × batch_size': f'{settings["epochs"]} × {settings["batch_size"]}'}
+    names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'val_fraction'
+    words = {name: str(settings[name]) for name in names}
+    words['epochs × batch_size'] = f'{settings["epochs"]} × {settings["batch_size"]}'
+    words['trained on'] = settings['photos']
+    return words
 
 
 def silence_writer_thread():
