@@ -52,7 +52,7 @@ def parse_args(argv, settings=(), program='colorize.py'):
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
-    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.3, help='0: duller')
+    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.03, help='0: duller')
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.multiple_of_8, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')

@@ -68,12 +68,23 @@ class UNet(nn.Module):
 
     def initialize(self):
         """Draw weights that keep the size of activations through ReLUs (He et al. 2015,
-        arXiv:1502.01852)."""
+        arXiv:1502.01852), and let the network begin with predicting the gray photo itself.
+
+        One channel carries the gray along the outermost skip connection, so that training learns
+        color from its first step. It stays as free to change as all others.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module is not self.last_conv:
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
                 nn.init.zeros_(module.bias)
-        nn.init.constant_(self.last_conv.bias, 0.5)  # mid-gray is nearer to any photo than black
+        down, up = self.downsample_block_1.conv_block, self.upsample_block_1.conv_block
+        with torch.no_grad():
+            for conv, gray in (down[0], 0), (down[2], 0), (up[0], 64), (up[2], 0):
+                conv.weight[0] = 0
+                conv.weight[0, gray, 1, 1] = 1
+            down[0].bias[0] = 1  # x + 1 is never negative: ReLUs leave it as it is
+            self.last_conv.weight.zero_()
+            self.last_conv.weight[:, 0] = 0.5  # from [0, 2] to [0, 1]
 
     def forward(self, x):
         x, x_skip1, x_skip2, x_skip3 = self.encode(x)

@@ -42,7 +42,7 @@ from utils.color import colorfulness, is_gray, psnr  # noqa: E402
 VARIANTS = {  # name: flags of colorize.py; they win over --epochs and --seeds
     'default': '',
     'plain': '--colorfulness_weight 0',
-    'vivid': '--colorfulness_weight 1',
+    'vivid': '--colorfulness_weight 0.06',
     'lr 2e-3': '--lr 2e-3',
     'batch 8': '--batch_size 8',
     '32 px': '--image_size 32',

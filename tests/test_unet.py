@@ -28,6 +28,21 @@ def test_computes_what_the_template_computes():
     torch.testing.assert_close(net(x), template(x))
 
 
+def test_begins_with_predicting_the_gray_photo_and_learns_in_every_layer():
+    torch.manual_seed(0)
+    net = unet.UNet()
+    x, y = torch.rand(2, 1, 32, 48) * 2 - 1, torch.rand(2, 3, 32, 48)
+    torch.testing.assert_close(net(x), ((x + 1) / 2).expand(-1, 3, -1, -1))
+    before = [weight.clone() for weight in net.parameters()]
+    optimizer = torch.optim.Adam(net.parameters())
+    for _ in range(2):  # the first step changes last_conv, from which the others learn
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+    for old, new in zip(before, net.parameters(), strict=True):
+        assert (old != new).float().mean() > 0.5
+
+
 def test_channels_last_reaches_the_upsampling_s_backward_pass_and_changes_no_gradient():
     torch.manual_seed(0)
     plain, net = unet.UNet(), unet.UNet()

@@ -54,11 +54,12 @@ def colorfulness(y):
 
 
 def dullness(color, y):
-    """Return by how much each photo is less colorful than the truth y, squared: → (B,).
+    """Return by how much each photo is less colorful than the truth y: → (B,).
 
     Both are (B, 3, H, W) in [0, 1]; the colorfulness counts from 0 to 1. Too much color is 0.
     """
-    return ((colorfulness(y) - colorfulness(color)) / 255).relu().square()
+    # not squared: the few most colorful photos would count for nearly all
+    return ((colorfulness(y) - colorfulness(color)) / 255).relu()
 
 
 def is_gray(photo):
