@@ -52,3 +52,12 @@ def test_colorfulness():
     blue = torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     assert color.colorfulness(blue).item() == pytest.approx(0.3 * 255, abs=0.002)
     assert color.colorfulness(torch.full((1, 3, 4, 4), 0.4)).item() < 0.002
+
+
+def test_dullness_is_what_a_photo_lacks_of_the_truth_s_colorfulness():
+    torch.manual_seed(0)
+    y = torch.rand(2, 3, 8, 8)
+    half = color.luminance(y) + (y - color.luminance(y)) / 2
+    missing = color.colorfulness(y) / 2 / 255  # the colorfulness is in proportion to the chroma
+    torch.testing.assert_close(color.dullness(half, y), missing)
+    assert color.dullness(y, half).tolist() == color.dullness(y, y).tolist() == [0, 0]
