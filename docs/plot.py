@@ -11,27 +11,21 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 HEADING = '## What livelier colors cost'
 WIDTH, HEIGHT, MARGIN = 640, 360, 56
-X, Y = (50, 105), (0.6, 1.5)  # of the axes: % of the truth's colorfulness, dB
+X, Y = (50, 105), (0.9, 1.8)  # of the axes: % of the truth's colorfulness, dB
 CURVES = {  # name: (color, words)
     'afterwards': ('#888', 'squared error alone, turned up afterwards'),
-    'training': ('#0072b2', 'asked for in training: weights 0.3 and 0.5'),
-    'both': ('#d55e00', 'weight 0.3, turned up afterwards'),
+    'training': ('#d55e00', 'asked for in training: weight 0.03, turned up afterwards'),
 }
 
 
 def read_points(text):
     """Return {curve: [(% of the truth's colorfulness, gain in dB)]} of the table in `text`."""
     table = text.partition(HEADING)[2].partition('\n## ')[0]
-    row = r'^\| ([\d.]+) \| ([\d.]+) \| \+([\d.]+) ± [\d.]+ dB \| ([\d.]+) ± [\d.]+ % \|$'
+    row = r'^\| ([\d.]+) \| [\d.]+ \| \+([\d.]+) ± [\d.]+ dB \| ([\d.]+) ± [\d.]+ % \|$'
     points = {name: [] for name in CURVES}
-    for weight, saturation, gain, share in re.findall(row, table, re.MULTILINE):
-        is_in = {
-            'afterwards': weight == '0',
-            'training': saturation == '1' and weight != '0',
-            'both': weight == '0.3',
-        }
-        for name in filter(is_in.get, CURVES):
-            points[name].append((float(share), float(gain)))
+    for weight, gain, share in re.findall(row, table, re.MULTILINE):
+        name = 'afterwards' if weight == '0' else 'training'
+        points[name].append((float(share), float(gain)))
     return points
 
 
@@ -58,7 +52,7 @@ def draw(points):
     for share in range(50, 101, 10):
         x, y = place(share, Y[0])
         parts += [draw_text(x, y + 20, share), f'<path d="M{x} {y}v6" stroke="#333"/>']
-    for tenth in range(6, 16, 2):
+    for tenth in range(10, 19, 2):
         x, y = place(X[0], tenth / 10)
         parts.append(draw_text(x - 8, y + 4, f'+{tenth / 10}', 'end'))
         parts.append(f'<path d="M{x} {y}h{WIDTH - 2 * MARGIN}" stroke="#ddd"/>')
