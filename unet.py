@@ -81,7 +81,7 @@ class UNet(nn.Module):
         with torch.no_grad():
             for conv, gray in (down[0], 0), (down[2], 0), (up[0], 64), (up[2], 0):
                 conv.weight[0] = 0
-                conv.weight[0, gray, 1, 1] = 1
+                nn.init.dirac_(conv.weight[:1, gray:])
             down[0].bias[0] = 1  # x + 1 is never negative: ReLUs leave it as it is
             self.last_conv.weight.zero_()
             self.last_conv.weight[:, 0] = 0.5  # from [0, 2] to [0, 1]

@@ -58,7 +58,7 @@ def dullness(color, y):
 
     Both are (B, 3, H, W) in [0, 1]; the colorfulness counts from 0 to 1. Too much color is 0.
     """
-    # not squared: the few most colorful photos would count for nearly all
+    # not squared, which would give most weight to the few most colorful photos
     return ((colorfulness(y) - colorfulness(color)) / 255).relu()
 
 
