@@ -52,11 +52,18 @@ def test_the_photos_and_the_gain_are_in_sight_without_a_click(page):
     open_tab(tab, url, 'timeseries', 'image-card img')
     photos, gain = tab.locator('image-card img'), tab.locator('scalar-card')
     until(lambda: (photos.count(), gain.count()), (1, 1))
-    box = photos.bounding_box()
-    assert photos.evaluate('img => [img.naturalWidth, img.naturalHeight]') == [780, 532]
-    assert box['width'] > 300 and box['y'] + box['height'] < laptop['height']
-    assert 'Gain over the gray copy (dB)' in gain.inner_text()
-    assert gain.bounding_box()['y'] + 200 < laptop['height']  # its title, and its highest values
+
+    def seen():  # again until the page is laid out
+        photo, chart = photos.bounding_box(), gain.bounding_box()
+        return (
+            photos.evaluate('img => [img.naturalWidth, img.naturalHeight]'),
+            photo['width'] > 300 and photo['y'] + photo['height'] < laptop['height'],
+            'Gain over the gray copy (dB)' in gain.inner_text(),
+            chart['y'] + 200 < laptop['height'],  # its title, and its highest values
+        )
+
+    wanted = [780, 532], True, True, True
+    assert until(seen, wanted) == wanted
     tab.set_viewport_size(tall)
 
 
