@@ -36,12 +36,11 @@ from utils.distributed import all_reduce_sum, print0
 from utils.recipe import Precision, Recipe
 from utils.tensorboard import Page
 
-DEMO = dict(data_path='data/demo', epochs=8, batch_size=8, name='demo')
+DEMO = dict(data_path='data/demo', epochs=8, batch_size=8, name='demo', small_steps=0.0)
 DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
-# what --resume takes from the checkpoint, unless the command line says it
-SETTINGS = 'lr epochs batch_size image_size seed val_fraction colorfulness_weight data_path'.split()
-# what a resumed run must have in common with its checkpoint
-FIXED = 'batch_size image_size seed val_fraction colorfulness_weight photos'.split()
+# what a resumed run must share with its checkpoint, and all that --resume takes from there
+FIXED = 'batch_size image_size seed val_fraction colorfulness_weight'.split()
+SETTINGS = [*FIXED, 'lr', 'epochs', 'small_steps', 'data_path']
 
 
 def parse_args(argv, settings=(), program='colorize.py'):
@@ -52,9 +51,10 @@ def parse_args(argv, settings=(), program='colorize.py'):
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
-    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.03, help='0: duller')
+    add('--colorfulness_weight', type=cli.nonnegative_float, default=0.025, help='0: duller')
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.multiple_of_8, default=64, help='side of a photo, in pixels')
+    add('--small_steps', type=cli.fraction_below_1, default=0.75, help='share at half that size')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
     add('--name', type=cli.folder_name, default='UNet', help='the folder in runs/')
     add_flag('--resume', 'go on with the run of that name, if there is one')
@@ -108,9 +108,9 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         batch_size, signum = all_reduce_sum(len(x), stop.signum if stop else 0)
         if signum:
             break
-        if recipe.lr:
-            for group in optimizer.param_groups:
-                group['lr'] = recipe.get_lr(progress.epoch * len(loader) + progress.step)
+        step = progress.epoch * len(loader) + progress.step
+        recipe.set_lr(optimizer, step)
+        x, y = recipe.shrink(step, x, y)
         progress.step += 1
         if batch_size:  # 0 if none of the batch could be read
             loss = train_step(model, optimizer, recipe, (x.to(device), y.to(device)), batch_size)
@@ -250,10 +250,11 @@ def run(args, argv, base, stop):
     settings = {name: getattr(args, name) for name in SETTINGS} | dict(photos=photos.fingerprint())
     if args.dry_run:
         indices = photos.keep(*(part[:8] for part in indices))
-    recipe = Recipe(Precision(args.precision, device), args.colorfulness_weight, args.lr)
+    precision = Precision(args.precision, device)
+    recipe = Recipe(precision, args.colorfulness_weight, args.lr, args.small_steps)
     state = new_state(settings, recipe, device)
     if saved:
-        checkpoint.require_same(settings, saved['settings'], FIXED)
+        checkpoint.require_same(settings, saved['settings'], [*FIXED, 'photos'])
         state.restore(saved)
     run_folder = RunFolder(base, args.name, args.resume) if distributed.rank == 0 else None
     data = None
@@ -261,7 +262,7 @@ def run(args, argv, base, stop):
         source = load_photos(photos, device, args.stream)
         report.print_skipped(photos, run_folder)
         data = Data(source, indices, photos, args.batch_size, device, args.seed)
-        report.print_start(device, recipe.precision, data, run_folder, state.progress)
+        report.print_start(device, recipe, data, run_folder, state.progress)
         recipe.steps = args.epochs * len(data.train_loader)
         if args.compile:
             state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
@@ -270,8 +271,7 @@ def run(args, argv, base, stop):
     if args.dry_run:
         print0('the dry run went through everything, and kept nothing')
     elif run_folder:
-        to_colorize = args.data_path if args.demo else 'YOUR_PHOTOS'
-        report.print_end(run_folder, state.progress, data, to_colorize)
+        report.print_end(run_folder, state.progress, data, args.data_path if args.demo else None)
         if args.demo and args.val_fraction and state.progress.best_gain < DEMO_GAIN:
             print0(f'colorize.py: the demo should gain {DEMO_GAIN:g} dB', file=sys.stderr)
             return 1

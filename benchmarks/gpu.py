@@ -147,6 +147,8 @@ def epoch(args):
                 str(data),
                 '--image_size',
                 str(args.image_size),
+                '--small_steps',
+                '0',
                 '--batch_size',
                 str(args.batch_size),
                 '--epochs',

@@ -49,7 +49,7 @@ speed() { part "$1" python benchmarks/speed.py "${@:2}"; }
 gpu() { part "$1" python benchmarks/gpu.py "${@:2}"; }
 colorize() {  # title, name of the run, flags...
     part "$1" env -C "$home" python "$PWD/colorize.py" --name "$2" --data_path data/train \
-        --image_size $size --batch_size $one --val_fraction 0.2 "${@:3}"
+        --image_size $size --small_steps 0 --batch_size $one --val_fraction 0.2 "${@:3}"
 }
 
 echo "# benchmarks/gpu.sh $*"

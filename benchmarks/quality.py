@@ -44,6 +44,7 @@ VARIANTS = {  # name: flags of colorize.py; they win over --epochs and --seeds
     'plain': '--colorfulness_weight 0',
     'vivid': '--colorfulness_weight 0.06',
     'lr 2e-3': '--lr 2e-3',
+    'full size': '--small_steps 0',
     'batch 8': '--batch_size 8',
     '32 px': '--image_size 32',
     '96 px': '--image_size 96',

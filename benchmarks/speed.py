@@ -409,6 +409,8 @@ def processes(args):
                         '2',
                         '--image_size',
                         str(args.image_size),
+                        '--small_steps',
+                        '0',
                         '--batch_size',
                         str(args.batch_size),
                     ],

@@ -1,7 +1,9 @@
-"""How a run takes its steps: the precision, what is minimized, and the learning rate."""
+"""How a run takes its steps: the precision, what is minimized, the rate, and the photos' size."""
 
 import math
 from dataclasses import dataclass
+
+import torch.nn.functional as F
 
 from utils.device import Precision
 
@@ -15,11 +17,18 @@ class Recipe:
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0
     lr: float | None = None  # the highest; None leaves the optimizer's rate alone
-    steps: int = 0  # of the whole run, for the rate
+    small_steps: float = 0.0  # the share of the steps that see photos at half their size
+    steps: int = 0  # of the whole run
 
     def objective(self, squared_error, dullness):
         """Return what is minimized."""
         return squared_error + self.colorfulness_weight * dullness
+
+    def set_lr(self, optimizer, step):
+        """Give the optimizer the learning rate of the step (from 0)."""
+        if self.lr:
+            for group in optimizer.param_groups:
+                group['lr'] = self.get_lr(step)
 
     def get_lr(self, step):
         """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
@@ -28,3 +37,20 @@ class Recipe:
             return self.lr * (step + 1) / warm_up
         done = (step - warm_up) / max(1, self.steps - warm_up)
         return self.lr * (1 + math.cos(math.pi * min(1, done))) / 2
+
+    def halves(self, size):
+        """Tell whether photos of this side in pixels are seen at half their size at first."""
+        return self.small_steps > 0 and size % 16 == 0  # a UNet needs multiples of 8
+
+    def shrink(self, step, *batch):
+        """Return tensors (B, C, S, S) of photos at the size at which the step (from 0) sees them.
+
+        The first `small_steps` of all steps see them at half their size: they cost a quarter, and
+        what they teach holds at full size, too (progressive resizing; Tan and Le 2021,
+        arXiv:2104.00298). That is so for photos, which look alike at all scales; drawings do not.
+        """
+        # the first step is at full size, so that a lack of memory shows at once
+        is_early = 0 < step < self.small_steps * self.steps
+        if is_early and self.halves(batch[0].shape[-1]):
+            return [F.avg_pool2d(photos, 2) for photos in batch]
+        return batch

@@ -28,15 +28,21 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
-def print_start(device, precision, data, run_folder, progress):
-    """Print the machine, the numbers of photos, where the run begins, and the table's header."""
+def print_start(device, recipe, data, run_folder, progress):
+    """Print machine and photos, sizes of training, where the run begins, and the table's header."""
     if run_folder:
         training = len(data.train_loader.indices)
         validation = len(data.val_loader.indices) if data.val_loader else 0
         print0(
-            f'{describe_device(device)}, {precision.name}: {training} photos to train on, '
+            f'{describe_device(device)}, {recipe.precision.name}: {training} photos to train on, '
             f'{validation} held out; logging in {run_folder.path}'
         )
+        size = data.samples[0].shape[-1]
+        if recipe.halves(size):
+            print0(
+                f'the first {100 * recipe.small_steps:g} % of the steps see {size // 2}×'
+                f'{size // 2} pixels, the others {size}×{size}, which takes longer'
+            )
         if progress.epoch or progress.step:
             print0(f'going on in epoch {progress.epoch + 1} after step {progress.step}')
         print0(HEADER)
@@ -99,7 +105,7 @@ def print_end(run_folder, progress, data, photos):
     """Print where the weights are, how good they are, and the commands to use them.
 
     The samples of `data` show what the network makes of them; it is None if the run was finished
-    before. `photos` is what to colorize after that.
+    before. `photos` is what to colorize after that, if that is known.
     """
     if not run_folder.weights.exists():
         print0(
@@ -116,4 +122,4 @@ def print_end(run_folder, progress, data, photos):
     if data:
         words = [*data.sample_paths[::4], *option, '--compare', '--output', 'compared']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
-    print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')
+    print0(f'    {shlex.join(["python", "predict.py", photos or "YOUR_PHOTOS", *option])}')
