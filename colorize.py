@@ -54,7 +54,7 @@ def parse_args(argv, settings=(), program='colorize.py'):
     add('--colorfulness_weight', type=cli.nonnegative_float, default=0.025, help='0: duller')
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.multiple_of_8, default=64, help='side of a photo, in pixels')
-    add('--small_steps', type=cli.fraction_below_1, default=0.75, help='share at half that size')
+    add('--small_steps', type=cli.fraction_below_1, default=0.75, help='first share, at half size')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
     add('--name', type=cli.folder_name, default='UNet', help='the folder in runs/')
     add_flag('--resume', 'go on with the run of that name, if there is one')
@@ -262,8 +262,8 @@ def run(args, argv, base, stop):
         source = load_photos(photos, device, args.stream)
         report.print_skipped(photos, run_folder)
         data = Data(source, indices, photos, args.batch_size, device, args.seed)
-        report.print_start(device, recipe, data, run_folder, state.progress)
         recipe.steps = args.epochs * len(data.train_loader)
+        report.print_start(device, recipe, data, run_folder, state.progress)
         if args.compile:
             state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
         if code := fit_or_save(state, data, recipe, run_folder, args.epochs, stop):

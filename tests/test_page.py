@@ -55,6 +55,8 @@ def test_the_photos_and_the_gain_are_in_sight_without_a_click(page):
 
     def seen():  # again until the page is laid out
         photo, chart = photos.bounding_box(), gain.bounding_box()
+        if not (photo and chart):
+            return None
         return (
             photos.evaluate('img => [img.naturalWidth, img.naturalHeight]'),
             photo['width'] > 300 and photo['y'] + photo['height'] < laptop['height'],

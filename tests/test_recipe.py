@@ -80,13 +80,15 @@ def test_a_resumed_run_has_the_rates_and_sizes_that_it_would_have_had(train, mon
 
     monkeypatch.setattr(UNet, 'forward', see)
     monkeypatch.setattr(Recipe, 'set_lr', note)
-    out = train().out
-    assert 'the first 75 % of the steps see 16×16 pixels, the others 32×32' in out
+    out = train('--small_steps', 0.5).out
+    assert 'the first 50 % of the steps see 16×16 pixels, the others 32×32' in out
     whole, rates[:], seen[:] = (rates[:], seen[:]), [], []
-    assert whole[1] == [32, *[16] * 8, 32, 32, 32] and len(whole[0]) == EPOCHS * STEPS
-    for stop in 4, 6:
+    assert whole[1] == [32, *[16] * 5, *[32] * 6] and len(whole[0]) == EPOCHS * STEPS
+    flags = ['--small_steps', 0.5]  # later from the checkpoint
+    for stop in 4, 3:
         with signal_after(stop):
-            train('--name', 'second', '--resume', code=143)
+            train('--name', 'second', '--resume', *flags, code=143)
+        flags = []
     train('--name', 'second', '--resume')
     assert (rates, seen) == whole
 

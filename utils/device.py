@@ -37,7 +37,7 @@ def choose_device(name, local_rank=0):
                 f'{torch.cuda.device_count()}; torchrun --nproc_per_node=gpu'
             )
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # pays off: all batches but the last have one shape
+        torch.backends.cudnn.benchmark = True  # pays off: batches have few shapes
         return torch.device('cuda', local_rank)
     mps = name == 'mps' or name == 'auto' and torch.backends.mps.is_available()
     return torch.device('mps' if mps else 'cpu')

@@ -38,10 +38,6 @@ class Recipe:
         done = (step - warm_up) / max(1, self.steps - warm_up)
         return self.lr * (1 + math.cos(math.pi * min(1, done))) / 2
 
-    def halves(self, size):
-        """Tell whether photos of this side in pixels are seen at half their size at first."""
-        return self.small_steps > 0 and size % 16 == 0  # a UNet needs multiples of 8
-
     def shrink(self, step, *batch):
         """Return tensors (B, C, S, S) of photos at the size at which the step (from 0) sees them.
 
@@ -49,8 +45,11 @@ class Recipe:
         what they teach holds at full size, too (progressive resizing; Tan and Le 2021,
         arXiv:2104.00298). That is so for photos, which look alike at all scales; drawings do not.
         """
-        # the first step is at full size, so that a lack of memory shows at once
-        is_early = 0 < step < self.small_steps * self.steps
-        if is_early and self.halves(batch[0].shape[-1]):
-            return [F.avg_pool2d(photos, 2) for photos in batch]
-        return batch
+        is_small = self.is_small(step, batch[0].shape[-1])
+        return [F.avg_pool2d(photos, 2) for photos in batch] if is_small else batch
+
+    def is_small(self, step, size):
+        """Tell whether the step (from 0) sees photos of this side in pixels at half their size."""
+        # The first step does not, so that a lack of memory shows at once. A UNet needs multiples
+        # of 8, also of half the size.
+        return 0 < step < self.small_steps * self.steps and size % 16 == 0

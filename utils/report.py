@@ -38,7 +38,7 @@ def print_start(device, recipe, data, run_folder, progress):
             f'{validation} held out; logging in {run_folder.path}'
         )
         size = data.samples[0].shape[-1]
-        if recipe.halves(size):
+        if recipe.is_small(1, size):
             print0(
                 f'the first {100 * recipe.small_steps:g} % of the steps see {size // 2}×'
                 f'{size // 2} pixels, the others {size}×{size}, which takes longer'

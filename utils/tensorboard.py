@@ -107,7 +107,7 @@ def describe_settings(settings):
     It shows the first five in the order of the alphabet: those that one changes most. Numbers, it
     would show as 32.000.
     """
-    names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'val_fraction'
+    names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'small_steps', 'val_fraction'
     words = {name: str(settings[name]) for name in names}
     words['epochs × batch_size'] = f'{settings["epochs"]} × {settings["batch_size"]}'
     words['trained on'] = settings['photos']
