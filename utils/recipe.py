@@ -41,8 +41,8 @@ class Recipe:
     def shrink(self, step, *batch):
         """Return tensors (B, C, S, S) of photos at the size at which the step (from 0) sees them.
 
-        The first `small_steps` of all steps see them at half their size: they cost a quarter, and
-        what they teach holds at full size, too (progressive resizing; Tan and Le 2021,
+        Up to the share `small_steps` of all steps, that is half their size: it costs a quarter, and
+        what it teaches holds at full size, too (progressive resizing; Tan and Le 2021,
         arXiv:2104.00298). That is so for photos, which look alike at all scales; drawings do not.
         """
         is_small = self.is_small(step, batch[0].shape[-1])
