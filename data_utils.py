@@ -92,6 +92,7 @@ BYTES_PER_PIXEL = 32
 # Pillow refuses photos of more than twice as many
 Image.MAX_IMAGE_PIXELS = max(1, free_memory(torch.device('cpu')) // BYTES_PER_PIXEL // 2)
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+MAX_SIDE = 65535  # pixels, JPEG's own limit: reading the millions of a damaged header takes long
 
 
 def list_photos(root):
@@ -173,6 +174,8 @@ def open_photo(path):
         raise OSError('no regular file' if os.path.exists(path) else 'no such file')
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as photo:
+            if max(photo.size) > MAX_SIDE:
+                raise OSError('{}×{} pixels, of {} at most a side'.format(*photo.size, MAX_SIDE))
             yield photo
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6

@@ -123,6 +123,18 @@ def test_a_truncated_photo_and_a_bomb_are_oserrors(tmp_path, monkeypatch):
         load_photo(tmp_path / 'a.jpg')
 
 
+@pytest.mark.parametrize('width, height', [(65536, 1), (48, 8781824)])
+def test_a_header_that_claims_a_side_of_millions_is_refused_unread(tmp_path, width, height):
+    (tmp_path / 'a.ppm').write_bytes(b'P6 %d %d 255\n' % (width, height))
+    with pytest.raises(OSError, match=f'^{width}×{height} pixels, of 65535 at most a side$'):
+        load_photo(tmp_path / 'a.ppm')
+
+
+def test_a_side_of_65535_pixels_is_read(tmp_path):
+    Image.new('RGB', (65535, 1), 'blue').save(tmp_path / 'a.png')
+    assert load_photo(tmp_path / 'a.png').size == (65535, 1)
+
+
 # ---------------------------------------------------------------------------- list_photos
 
 
