@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from data_utils import open_photo, to_rgb, turn_upright
 from demo_landscapes import draw_landscapes
 from predict import (
     apply_chroma,
@@ -41,6 +40,7 @@ from utils.checkpoint import load_weights
 from utils.cli import UsageError
 from utils.device import choose_device
 from utils.parallel import Stopped, stop_signals
+from utils.photos import open_photo, to_rgb, turn_upright
 
 MAX_UPLOAD = '200mb'
 PREVIEW = 1600  # pixels of the longer side of what the page shows

@@ -26,9 +26,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from data_utils import BYTES_PER_PIXEL, list_photos, open_photo, to_rgb, turn_upright
 from unet import UNet
 from utils import cli
 from utils.checkpoint import load_weights
@@ -36,6 +34,14 @@ from utils.cli import UsageError
 from utils.color import is_gray, luminance, merge_luminance
 from utils.device import Precision, available_cpus, choose_device, free_memory
 from utils.parallel import Memory, Stopped, run_in_threads, stop_signals
+from utils.photos import (
+    BYTES_PER_PIXEL,
+    list_photos,
+    open_photo,
+    to_pixels,
+    to_rgb,
+    turn_upright,
+)
 from utils.results import Results
 
 # what the network sees where the weights do not tell the size of their training: the course's
@@ -136,9 +142,9 @@ def predict_chroma(net, gray, size=None):
     It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]. The network sees a reduced copy,
     H×W, its shorter side about `size`, its longer at most 4 * `size`. Raises FloatingPointError.
     """
-    x = pil_to_tensor(gray.resize(seen_size(net, gray.size, size), Image.Resampling.BILINEAR))
+    x = to_pixels(gray.resize(seen_size(net, gray.size, size), Image.Resampling.BILINEAR))
     device = next(net.parameters()).device
-    x = x[None].to(device) / 127.5 - 1
+    x = x[None, None].to(device) / 127.5 - 1
     with Precision('auto', device).autocast:
         y = net(x).float()
     if not y.isfinite().all():
@@ -163,7 +169,8 @@ def seen_size(net, photo_size, size=None):
 def apply_chroma(gray, chroma, saturation=1.0):
     """Lay what predict_chroma returned, times `saturation`, over the gray PIL image: RGB."""
     chroma = (128 + 255 * saturation * chroma).round().clamp(0, 255).byte()
-    cb, cr = (to_pil_image(c).resize(gray.size, Image.Resampling.BILINEAR) for c in chroma)
+    planes = (Image.fromarray(plane.numpy()) for plane in chroma)
+    cb, cr = (plane.resize(gray.size, Image.Resampling.BILINEAR) for plane in planes)
     return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
 
 
@@ -206,7 +213,7 @@ def draw_result(photo, format, colorize, compare=False):
     if compare:
         original = to_rgb(photo)
         gray = original.convert('L').convert('RGB')
-        if is_gray(pil_to_tensor(original).permute(1, 2, 0)):
+        if is_gray(to_pixels(original)):
             parts = [gray, *parts]
         else:
             parts = [gray, *parts, original]

@@ -2,9 +2,10 @@
 
     python benchmarks/predict.py --data_path PHOTOS --weights unet.pth --against ../earlier
 
-The two take turns. For each: photos/s of the colorizing (the median of the rounds), seconds of
-processor time, peak memory. Then how far apart their results are, in gray levels: of luminance and
-of chroma. Without --against, the bytes of the results with 1, 2 and 4 workers are compared.
+The two take turns. For each, the medians of the rounds: photos/s of the colorizing, seconds of the
+whole call, seconds of processor time, peak memory. Then how far apart their results are, in gray
+levels: of luminance and of chroma. Without --against, the bytes of the results with 1, 2 and 4
+workers are compared.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -27,7 +29,7 @@ HERE = Path(__file__).parent.parent
 
 
 def colorize(home, args, output, *flags):
-    """Return (photos/s, seconds of processor time, peak memory in GB) of one call."""
+    """Return (photos/s, seconds, seconds of processor time, peak memory in GB) of one call."""
     words = [
         sys.executable,
         home / 'predict.py',
@@ -41,13 +43,15 @@ def colorize(home, args, output, *flags):
         *flags,
     ]
     log = Path(f'{output}.log')
+    began = time.perf_counter()
     with open(log, 'w') as file:
         child = subprocess.Popen(list(map(str, words)), stdout=file)
         _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - began
     if status:
         raise SystemExit(f'{home}/predict.py failed')
     speed = float(re.search(r'\(([\d.]+) photos/s\)', log.read_text())[1])
-    return speed, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    return speed, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def compare(old, new):
@@ -105,8 +109,11 @@ def main():
 
 
 def show(name, rows):
-    speed, seconds, memory = (median(column) for column in zip(*rows, strict=True))
-    print(f'{name:10} {speed:6.1f} photos/s {seconds:7.1f} s of processors {memory:5.2f} GB')
+    speed, seconds, busy, memory = (median(column) for column in zip(*rows, strict=True))
+    print(
+        f'{name:10} {speed:6.1f} photos/s {seconds:7.1f} s in all {busy:7.1f} s of processors '
+        f'{memory:5.2f} GB'
+    )
 
 
 if __name__ == '__main__':

@@ -19,11 +19,12 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 import predict
-from data_utils import list_photos, to_rgb
+from data_utils import list_photos
 from predict import colorize
 from unet import UNet
 from utils.device import Precision
 from utils.parallel import Memory, run_in_threads
+from utils.photos import to_rgb
 from utils.results import Results
 
 ROOT = Path(__file__).parent.parent
@@ -678,6 +679,13 @@ def test_control_c_during_the_imports_has_no_traceback(home):
         timeout=60,
     )
     assert done.returncode == -signal.SIGINT and done.stderr == b''
+
+
+def test_it_starts_without_what_only_training_needs():
+    """The import of torchvision takes as long as that of torch: twice the wait for one photo."""
+    slow = 'torchvision', 'tensorboard', 'torch._dynamo'
+    code = f'import sys, predict; print([name for name in {slow} if name in sys.modules])'
+    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, text=True) == '[]\n'
 
 
 @pytest.mark.parametrize('closed, code', [('>&-', 0), ('2>&-', 0), ('>&- 2>&-', 0)])
