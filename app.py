@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -161,31 +162,9 @@ def build_page(visitors, examples):
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                file = gr.File(label='Photo', height=140, elem_id='photo')
-                message = gr.Markdown(elem_id='message')
-                saturation = gr.Slider(
-                    0,
-                    2,
-                    1,
-                    step=0.05,
-                    label='Saturation',
-                    elem_id='saturation',
-                    info='0 is gray, 1 as predicted',
-                )
-                size = gr.Slider(
-                    32,
-                    512,
-                    default_size(visitors.net),
-                    step=8,
-                    label='Size',
-                    elem_id='size',
-                    info='pixels that the network sees: the shorter side',
-                )
-                download = gr.DownloadButton(
-                    'Download the result', interactive=False, elem_id='download'
-                )
+                parts = add_controls(gr, default_size(visitors.net))
             with gr.Column(scale=3):
-                slider = gr.ImageSlider(
+                parts.slider = gr.ImageSlider(
                     label='Gray and color',
                     interactive=False,
                     max_height=640,
@@ -193,7 +172,7 @@ def build_page(visitors, examples):
                     buttons=['fullscreen'],
                 )
         gr.Markdown('Or try a drawing:')
-        gallery = gr.Gallery(
+        parts.gallery = gr.Gallery(
             [str(path) for path in examples],
             show_label=False,
             columns=7,
@@ -203,28 +182,47 @@ def build_page(visitors, examples):
             interactive=False,
             buttons=[],
         )
-        connect(
-            gr,
-            visitors,
-            examples,
-            dict(
-                page=page,
-                file=file,
-                message=message,
-                saturation=saturation,
-                size=size,
-                download=download,
-                slider=slider,
-                gallery=gallery,
-            ),
-        )
+        connect(gr, visitors, examples, parts)
+
+        def leave(request: gr.Request):
+            visitors.close(request.session_hash)
+
+        page.unload(leave)
     return page
 
 
+def add_controls(gr, size):
+    """Add what a visitor sets, in the column that is open: return a namespace of its parts."""
+    return SimpleNamespace(
+        file=gr.File(label='Photo', height=140, elem_id='photo'),
+        message=gr.Markdown(elem_id='message'),
+        saturation=gr.Slider(
+            0,
+            2,
+            1,
+            step=0.05,
+            label='Saturation',
+            elem_id='saturation',
+            info='0 is gray, 1 as predicted',
+        ),
+        size=gr.Slider(
+            32,
+            512,
+            size,
+            step=8,
+            label='Size',
+            elem_id='size',
+            info='pixels that the network sees: the shorter side',
+        ),
+        download=gr.DownloadButton('Download the result', interactive=False, elem_id='download'),
+    )
+
+
 def connect(gr, visitors, examples, parts):
-    """Tell the `parts` of the page, by name, what to do."""
-    settings = [parts['size'], parts['saturation']]
-    shown = [parts['slider'], parts['download']]
+    """Tell the `parts` of the page what to do."""
+    settings = [parts.size, parts.saturation]
+    shown = [parts.slider, parts.download]
+    told = [*shown, parts.message]
     wait = gr.update(interactive=False)  # until the file is there
 
     def take(path, size, saturation, key):
@@ -255,20 +253,13 @@ def connect(gr, visitors, examples, parts):
         path = visitors.save(size, saturation, request.session_hash)
         return gr.update(value=path, interactive=True)
 
-    def leave(request: gr.Request):
-        visitors.close(request.session_hash)
-
     quick = dict(api_visibility='private', trigger_mode='always_last', show_progress='hidden')
-    told = [*shown, parts['message']]
     for event in (
-        parts['file'].upload(drop, [parts['file'], *settings], [*told, parts['file']], **quick),
-        parts['gallery'].select(try_example, settings, told, **quick),
+        parts.file.upload(drop, [parts.file, *settings], [*told, parts.file], **quick),
+        parts.gallery.select(try_example, settings, told, **quick),
         *(part.change(show, settings, shown, **quick) for part in settings),
     ):
-        event.then(
-            save, settings, parts['download'], api_visibility='private', show_progress='hidden'
-        )
-    parts['page'].unload(leave)
+        event.then(save, settings, parts.download, api_visibility='private', show_progress='hidden')
 
 
 class OnlyFromHere:
