@@ -112,24 +112,25 @@ def profile(args):
     print(events.table(sort_by=by, row_limit=20, max_name_column_width=60))
 
 
+def measure_calls(home, name, seconds):
+    """Have every call of the function `name` of `home` leave its seconds in `seconds[name]`."""
+    function = getattr(home, name)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    setattr(home, name, call)
+
+
 def epoch(args):
     """Run the program on photos, and print the seconds of the last epoch's parts."""
     seconds = {}
-
-    def timed(home, name):
-        function = getattr(home, name)
-
-        @wraps(function)
-        def call(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name] = time.perf_counter() - start
-            return result
-
-        setattr(home, name, call)
-
     for home, name in (
         (colorize, 'train_epoch'),
         (colorize, 'evaluate'),
@@ -137,7 +138,7 @@ def epoch(args):
         (Page, 'log_epoch'),
         (State, 'save'),
     ):
-        timed(home, name)
+        measure_calls(home, name, seconds)
     data = Path(args.data_path).absolute()
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
