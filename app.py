@@ -206,8 +206,8 @@ def add_controls(gr, size):
             info='0 is gray, 1 as predicted',
         ),
         size=gr.Slider(
-            32,
-            512,
+            min(32, size),
+            max(512, size),
             size,
             step=8,
             label='Size',

@@ -7,6 +7,7 @@ The same seed always draws the same pictures. A folder with pictures is left as 
 """
 
 import argparse
+import errno
 import os
 import sys
 import tempfile
@@ -241,6 +242,8 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
     folder = Path(os.path.realpath(folder))  # a link stays a link: its target is filled
     if per_kind < 1:
         raise ValueError(f'per_kind must be at least 1, not {per_kind}')
+    if folder == Path(os.path.realpath('.')):  # it is replaced, and the shell's would be gone
+        raise OSError(errno.EBUSY, 'this is the working directory; name a folder in it', folder)
     if is_empty(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'{folder.name}.tmp', dir=folder.parent) as tmp:
@@ -290,6 +293,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run the command line; return its exit code."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be printable
     args = parse_args(argv)
     try:
         was_empty = is_empty(Path(args.folder))
@@ -309,7 +314,12 @@ def main(argv=None):
             file=sys.stderr,
         )
         return 2
-    print(f'{number:,} pictures {"" if was_empty else "already "}in {args.folder}')
+    try:
+        print(f'{number:,} pictures {"" if was_empty else "already "}in {args.folder}', flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        print(f'demo_landscapes.py: standard output: {error.strerror}', file=sys.stderr)
+        return 1
     return 0
 
 

@@ -61,6 +61,7 @@ NETWORK_BYTES = 1100  # of memory for each pixel that the network sees
 OPAQUE = 'BMP', 'JPEG', 'PPM'
 # where frames are an animation or pages: elsewhere they are previews, layers or sizes
 FRAMED = 'AVIF', 'GIF', 'PNG', 'TIFF', 'WEBP'
+MOST_PAGES = 100  # that are counted: Pillow takes minutes for tens of thousands
 # not about the photo but about the pixels as they were stored (nearly all in TIFF), or a copy of
 # them; the same for the thumbnail, which Pillow leaves out by itself
 STORAGE_TAGS = {
@@ -87,7 +88,7 @@ def parse_args(argv):
     add = parser.add_argument
     add(
         'photos',
-        nargs='+',
+        nargs='*',
         help='photos, and folders of photos (of several, each goes to a folder of its own name)',
     )
     add('--weights', default='unet.pth', help='what colorize.py saved [%(default)s]')
@@ -100,13 +101,13 @@ def parse_args(argv):
     )
     add(
         '--size',
-        type=cli.multiple_of_8,
+        type=cli.image_size,
         help='the shorter side of what the network sees, in '
         f'pixels [that of the training, or {DEFAULT_SIZE} where the weights do not tell]',
     )
     add(
         '--saturation',
-        type=cli.nonnegative_float,
+        type=cli.weight,
         default=1.0,
         help='times the predicted color: 0 is gray, 1 to 1.5 is sensible, above 2 is garish '
         '[%(default)s]',
@@ -119,7 +120,13 @@ def parse_args(argv):
     )
     parser.add_num_workers(available_cpus(), 'threads, each with a photo of its own')
     parser.add_device()
-    return parser.parse_intermixed_args(argv)
+    # what follows '--' are photos, which parse_intermixed_args does not know
+    end = argv.index('--') if '--' in argv else len(argv)
+    args = parser.parse_intermixed_args(argv[:end])
+    args.photos += argv[end + 1 :]
+    if not args.photos:
+        parser.error('name a photo, or a folder of photos')
+    return args
 
 
 # ---------------------------------------------------------------------------- one photo
@@ -271,12 +278,12 @@ def run_job(job, draw, estimate, results, memory):
     """
     try:
         with open_photo(job.path) as photo:
-            size, frames = estimate(photo), count_frames(photo)
+            size, frames = estimate(photo), describe_frames(photo)
         with memory.reserve(size):
             colorize_file(job, draw, results)
         job.is_done = True
-        if frames > 1:
-            job.note = f'the result is the first of {frames} frames'
+        if frames:
+            job.note = f'the result is the first of {frames}'
     except Exception as error:  # decoders, encoders and devices raise nearly anything
         why = getattr(error, 'strerror', None) or str(error) or repr(error)
         job.note = why.splitlines()[0]
@@ -300,11 +307,16 @@ def choose_format(photo, target):
     return (format, target) if format in FORMATS else ('PNG', target.with_suffix('.png'))
 
 
-def count_frames(photo):
-    """Return the number of frames of an open animation, or of pages; 1 for all other photos."""
+def describe_frames(photo):
+    """Return how many frames an open animation has, or pages, as text; '' for all other photos."""
     with contextlib.suppress(Exception):  # damaged ones are the decoder's business
-        return getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
-    return 1
+        if photo.format == 'TIFF':
+            with contextlib.suppress(EOFError):
+                photo.seek(MOST_PAGES)
+                return f'more than {MOST_PAGES} frames'
+        if photo.format in FRAMED and getattr(photo, 'n_frames', 1) > 1:
+            return f'{photo.n_frames} frames'
+    return ''
 
 
 def estimate_memory(photo, net, size):

@@ -206,7 +206,7 @@ def main():
     add('part', choices=PARTS, nargs='?')
     add('--data_path', default='data/landscapes', help='a folder of photos [%(default)s]')
     add('--output', help='a folder, for split')
-    add('--image_size', type=cli.multiple_of_8, default=224, help='[%(default)s]')
+    add('--image_size', type=cli.image_size, default=224, help='[%(default)s]')
     add('--batch_size', type=cli.positive_int, default=32, help='[%(default)s]')
     add('--precision', choices=('auto', 'fp32', 'bf16', 'fp16'), default='auto')
     args = parser.parse_args()

@@ -469,7 +469,7 @@ def parse_args(argv):
     add('--reference', default=str(HERE / 'reference.py'), help='a plain training script')
     add('--photos', type=int, help='cut so many of 256×256 and measure with those')
     add('--limit', type=int, help='use the first LIMIT photos only')
-    add('--image_size', type=cli.multiple_of_8, default=224, help='[%(default)s]')
+    add('--image_size', type=cli.image_size, default=224, help='[%(default)s]')
     add('--batch_size', type=cli.positive_int, default=32, help='[%(default)s]')
     add(
         '--epochs',

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UsageError
+from utils.cli import LARGEST_SIZE, UsageError
 from utils.distributed import print0, rank
 
 try:
@@ -79,6 +79,14 @@ def backup_existing(path):
     backup = next(name for name in names if not name.exists())
     os.replace(path, backup)
     return backup
+
+
+def find_leftovers(path):
+    """Return the temporary files of atomic_save that killed processes left beside `path`."""
+    own = re.compile(re.escape(path.name) + r'\.[0-9a-f]{8}\.tmp')
+    return [
+        other for other in path.parent.iterdir() if own.fullmatch(other.name) and other.is_file()
+    ]
 
 
 def lock(path, wait=False):
@@ -252,7 +260,7 @@ def stored_image_size(state, path):
     metadata = getattr(state, '_metadata', None)
     metadata = metadata.get('') if isinstance(metadata, dict) else None
     size = metadata.get('image_size') if isinstance(metadata, dict) else None
-    if size is not None and not (type(size) is int and 8 <= size <= 4096 and size % 8 == 0):
+    if size is not None and not (type(size) is int and size in range(8, LARGEST_SIZE + 1, 8)):
         raise UsageError(f'{path} says it was trained at {str(size)[:50]} pixels, which cannot be')
     return size
 
@@ -458,6 +466,20 @@ def require_same(settings, earlier, names):
 # ---------------------------------------------------------------------------- the files of a run
 
 
+def find_run(home, name, argv):
+    """Return the folder below `home` of the run that the command line `argv` asks for.
+
+    It is runs/NAME. With --resume and without --name, it is the latest of runs/NAME, runs/NAME_2,
+    and so on: the same command without --resume may have made that.
+    """
+    first = home / 'runs' / name
+    if '--resume' not in argv or any(word.split('=')[0] == '--name' for word in argv):
+        return first
+    numbered = re.compile(re.escape(name) + '_([1-9][0-9]*)')
+    later = [path for path in first.parent.glob('*_*') if numbered.fullmatch(path.name)]
+    return max(later, key=lambda path: int(numbered.fullmatch(path.name)[1]), default=first)
+
+
 class RunFolder:
     """The files of one run: `runs/NAME` below `home`, and `home/unet.pth`, the latest weights.
 
@@ -478,8 +500,9 @@ class RunFolder:
                 'or give another --name'
             ) from error
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
+        self.skipped = self.path / 'skipped.txt'
         self.refuse_other_kinds(
-            self.checkpoint, self.weights, self.path / '.lock', self.runs / '.lock'
+            self.checkpoint, self.weights, self.skipped, self.path / '.lock', self.runs / '.lock'
         )
         self.lock = lock(self.path / '.lock')
         if not self.lock:
@@ -487,7 +510,7 @@ class RunFolder:
                 f'another process is training in {self.path}; wait for its end, or '
                 'give another --name'
             )
-        for leftover in self.path.glob('*.tmp'):  # of a run that was killed
+        for leftover in find_leftovers(self.weights) + find_leftovers(self.checkpoint):
             if self.latest.exists() and leftover.read_bytes() == self.latest.read_bytes():
                 os.replace(leftover, self.weights)  # between the renames of save_weights
             else:
@@ -507,10 +530,13 @@ class RunFolder:
             path = self.runs / (name if number == 1 else f'{name}_{number}')
             try:
                 path.mkdir(exist_ok=resume)
-                return path
+                break
             except FileExistsError:
                 if resume:
                     raise
+        if number > 1:  # a run that is killed has no time to say it
+            print0(f'{path} is its folder: to go on with this run, --name {path.name} --resume')
+        return path
 
     def save_weights(self, net):
         """Save the weights of `net` as this run's, and as the latest.
@@ -531,7 +557,7 @@ class RunFolder:
                     f"{self.latest.name} is in no run's folder: it is now "
                     f'{backup_existing(self.latest).name}'
                 )
-            for leftover in self.latest.parent.glob(f'{self.latest.name}.*.tmp'):
+            for leftover in find_leftovers(self.latest):
                 leftover.unlink()
             atomic_save(weights, self.latest, self.weights)
 

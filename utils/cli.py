@@ -81,18 +81,26 @@ def number(kind, is_allowed, rule):
 
 
 LARGEST = 2**31  # larger numbers are typing errors, and overflow in torch
+LARGEST_SIZE = 4096  # pixels: the network sees no larger square
 positive_int = number(int, lambda n: 0 < n < LARGEST, 'a whole number above 0')
 nonnegative_int = number(int, lambda n: 0 <= n < LARGEST, 'a whole number, 0 or above')
-multiple_of_8 = number(int, lambda n: 0 < n < LARGEST and n % 8 == 0, 'a multiple of 8')
+image_size = number(
+    int,
+    lambda n: 0 < n <= LARGEST_SIZE and n % 8 == 0,
+    f'a multiple of 8, at most {LARGEST_SIZE}',
+)
 positive_float = number(float, lambda x: 0 < x < math.inf, 'a number above 0')
-nonnegative_float = number(float, lambda x: 0 <= x < math.inf, 'a number, 0 or above')
+weight = number(float, lambda x: 0 <= x <= 1000, 'a number from 0 to 1000')
 fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 
 
 def folder_name(text):
-    """Return the text, an argparse type: the name of a folder that lies in another."""
-    if text in ('', '.', '..') or '/' in text or os.sep in text:
-        raise argparse.ArgumentTypeError(f'{text!r} is not the name of a folder')
+    """Return the text, an argparse type: the name of a folder that lies in another.
+
+    It does not begin with a dot (hidden, and the lock's) or a dash (as a flag does).
+    """
+    if not text or text[0] in '.-' or '/' in text or os.sep in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not the name of a folder for a run')
     return text
 
 

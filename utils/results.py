@@ -14,13 +14,15 @@ class Results:
 
     A hidden file in it has a mark of each result; one that was changed since is the user's own.
     `photos` are the paths of all photos. Several threads and processes may write at once. Raises
-    UsageError if the folder is a file.
+    UsageError if the folder is a file, or the hidden file is none.
     """
 
     def __init__(self, folder, photos):
         if os.path.lexists(folder) and not folder.is_dir():
             raise UsageError(f'--output {folder} is a file; name a folder')
         self.log, self.lock = folder / '.colorized', threading.Lock()
+        if os.path.lexists(self.log) and not self.log.is_file():  # a pipe would be waited for
+            raise UsageError(f'{self.log} is no regular file; move it away')
         self.marks = self.read_marks()
         self.photos = {identity(path) for path in photos if os.path.exists(path)}
 
