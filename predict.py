@@ -61,7 +61,7 @@ NETWORK_BYTES = 1100  # of memory for each pixel that the network sees
 OPAQUE = 'BMP', 'JPEG', 'PPM'
 # where frames are an animation or pages: elsewhere they are previews, layers or sizes
 FRAMED = 'AVIF', 'GIF', 'PNG', 'TIFF', 'WEBP'
-MOST_PAGES = 100  # that are counted: Pillow takes minutes for tens of thousands
+MOST_PAGES = 100  # are counted: Pillow takes minutes for tens of thousands
 # not about the photo but about the pixels as they were stored (nearly all in TIFF), or a copy of
 # them; the same for the thumbnail, which Pillow leaves out by itself
 STORAGE_TAGS = {
@@ -311,12 +311,22 @@ def describe_frames(photo):
     """Return how many frames an open animation has, or pages, as text; '' for all other photos."""
     with contextlib.suppress(Exception):  # damaged ones are the decoder's business
         if photo.format == 'TIFF':
-            with contextlib.suppress(EOFError):
-                photo.seek(MOST_PAGES)
-                return f'more than {MOST_PAGES} frames'
-        if photo.format in FRAMED and getattr(photo, 'n_frames', 1) > 1:
-            return f'{photo.n_frames} frames'
+            frames = count_pages(photo)
+        else:
+            frames = getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
+        if frames > 1:
+            return f'{frames} frames' if frames <= MOST_PAGES else f'more than {MOST_PAGES} frames'
     return ''
+
+
+def count_pages(tiff):
+    """Return the number of pages of an open TIFF, and of those beyond MOST_PAGES only the first."""
+    for number in range(1, MOST_PAGES + 1):
+        try:
+            tiff.seek(number)
+        except EOFError:
+            return number
+    return MOST_PAGES + 1
 
 
 def estimate_memory(photo, net, size):
@@ -447,7 +457,7 @@ def report(jobs, output, seconds):
 
 def main(argv=None):
     cli.open_streams()
-    args = parse_args(argv)
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings('ignore', module='PIL')  # of what it reads all the same
     try:
         with stop_signals():

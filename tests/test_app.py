@@ -16,6 +16,7 @@ import torch
 from browser import browser, free_port, needs_browser, says, started, until
 from PIL import Image
 
+import app
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,16 @@ def server(home):
     with started(words, log, cwd=home, env=os.environ | dict(TMPDIR=str(home / 'tmp'))) as app:
         says(log, app, f'http://localhost:{port}')
         yield port
+
+
+@needs_gradio
+@pytest.mark.parametrize('size', [8, 64, 4096])
+def test_every_size_of_training_is_on_the_slider(size):
+    import gradio as gr
+
+    with gr.Blocks():
+        slider = app.add_controls(gr, size).size
+    assert slider.preprocess(size) == size
 
 
 @pytest.fixture(scope='module')

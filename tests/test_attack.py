@@ -404,14 +404,17 @@ def test_09_a_stop_is_obeyed_while_the_disk_is_silent(photos, tmp_path, monkeypa
     [
         (CHECKPOINT, f'{CHECKPOINT} is no regular file; move it away to start afresh'),
         ('unet.pth', 'unet.pth is no regular file, but a run needs that name; move it away'),
-        (
-            'runs/UNet/unet.pth',
-            'runs/UNet/unet.pth is no regular file, but a run needs that name; move it away',
+        *(
+            (
+                f'runs/UNet/{name}',
+                f'runs/UNet/{name} is no regular file, but a run needs that name; move it away',
+            )
+            for name in ('unet.pth', 'skipped.txt')
         ),
     ],
 )
 def test_11_a_pipe_in_the_place_of_a_file(again, tmp_path, capfd, name, line):
-    (tmp_path / name).unlink()
+    (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     assert again('--epochs', 2) == 2
     assert capfd.readouterr().err == f'colorize.py: {line}\n'
@@ -424,6 +427,20 @@ def test_11_a_pipe_in_the_folder_of_another_run_is_not_waited_for(again, tmp_pat
     (tmp_path / 'unet.pth').write_bytes(b"somebody's")
     assert again('--epochs', 4) == 0
     assert (tmp_path / 'unet_1.pth').read_bytes() == b"somebody's"
+
+
+def test_11_of_temporary_files_only_the_program_s_own_are_removed(again, tmp_path):
+    own = 'unet.pth.0123abcd.tmp', 'runs/UNet/unet.pth.0123abcd.tmp', f'{CHECKPOINT}.0123abcd.tmp'
+    others = 'unet.pth.mine.tmp', 'runs/UNet/notes.tmp', 'runs/UNet/unet.pth.0123abcd.tmp.txt'
+    for name in own + others:
+        (tmp_path / name).write_text(name)
+    os.mkfifo(tmp_path / 'runs/UNet/unet.pth.76543210.tmp')
+    (tmp_path / 'unet.pth.fedcba98.tmp').mkdir()
+    assert again('--epochs', 4) == 0
+    assert not any((tmp_path / name).exists() for name in own)
+    assert [(tmp_path / name).read_text() for name in others] == list(others)
+    assert (tmp_path / 'runs/UNet/unet.pth.76543210.tmp').is_fifo()
+    assert (tmp_path / 'unet.pth.fedcba98.tmp').is_dir()
 
 
 def test_11_a_device_behind_a_link_is_not_replaced(tmp_path):
@@ -698,6 +715,8 @@ def test_13_closed_streams(photos, tmp_path, closed):
     [
         ('--seed', 18446744073709551616, 'a whole number, 0 or above'),
         ('--batch_size', 10**22, 'a whole number above 0'),
+        ('--colorfulness_weight', '1e39', 'a number from 0 to 1000'),
+        ('--image_size', 4104, 'a multiple of 8, at most 4096'),
     ],
 )
 def test_13_numbers_that_overflow(tmp_path, capfd, flag, value, rule):

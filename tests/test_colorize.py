@@ -415,6 +415,9 @@ def test_weights_from_elsewhere_are_renamed_and_kept(train, tmp_path):
         (['--num_workers', '-1'], ['--num_workers', '-1 is not']),
         (['--seed', 'x'], ['--seed', 'x is not']),
         (['--name', '../up'], ['--name', '../up']),
+        (['--name', '.lock'], ['--name', '.lock']),
+        (['--name=-x'], ['--name', '-x']),
+        (['--name', ''], ['--name', "''"]),
         (['--device', 'tpu'], ['--device', 'tpu']),
         (['--epoch', '3'], ['--epoch']),
         pytest.param(

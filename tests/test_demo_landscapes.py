@@ -142,6 +142,28 @@ def test_wrong_arguments(run, tmp_path, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_working_directory_is_not_replaced(run, tmp_path):
+    said = 'this is the working directory; name a folder in it'
+    for place in '.', tmp_path:
+        done = run('demo_landscapes.py', place, code=1)
+        assert done.stderr == f'demo_landscapes.py: {tmp_path}: {said}\n'
+    (tmp_path / 'still').touch()
+
+
+def test_a_full_disk_behind_the_output(tmp_path):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / 'demo_landscapes.py', '--per_kind', '1'],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    said = 'demo_landscapes.py: standard output: No space left on device\n'
+    assert (done.returncode, done.stderr) == (1, said)
+    assert len(contents(tmp_path / 'data/demo')) == 7
+
+
 def test_a_place_that_is_taken(run, tmp_path):
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes/1.txt').write_text('mine')

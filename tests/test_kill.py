@@ -21,11 +21,14 @@ from helpers import (
     call,
     curves,
     differences,
+    is_same,
     load,
     signal_after,
     steps_in,
     unloadable,
 )
+
+from utils.checkpoint import find_run
 
 
 @pytest.fixture(scope='module')
@@ -150,6 +153,42 @@ def test_no_step_is_made_twice(reference, again, tmp_path, capfd, ways):
         again(*ways[0])
     assert made + len(counted) == EPOCHS * STEPS
     assert differences(tmp_path, reference) == []
+
+
+def test_resume_goes_on_with_the_run_that_the_command_made(train, reference, tmp_path):
+    """A kill leaves no time to print its name."""
+    train('--epochs', 1)
+    with signal_after(4):
+        started = train(code=128 + signal.SIGTERM)
+    assert started.out.startswith(
+        'runs/UNet_2 is its folder: to go on with this run, --name UNet_2 --resume\n'
+    )
+    first = load(tmp_path / CHECKPOINT)
+    assert 'going on in epoch 2 after step 1' in train('--resume').out
+    assert is_same(load(tmp_path / CHECKPOINT), first)
+    assert is_same(
+        load(tmp_path / 'runs/UNet_2/checkpoint.pth')['net'], load(reference / CHECKPOINT)['net']
+    )
+    assert 'going on in epoch 2 after step 0' in train('--resume', '--name', 'UNet').out
+    assert load(tmp_path / CHECKPOINT)['progress']['epoch'] == EPOCHS
+
+
+@pytest.mark.parametrize(
+    'runs, words, name',
+    [
+        ([], ['--resume'], 'UNet'),
+        (['UNet'], ['--resume'], 'UNet'),
+        (['UNet', 'UNet_2', 'UNet_10'], ['--resume'], 'UNet_10'),
+        (['UNet', 'UNet_2'], [], 'UNet'),
+        (['UNet', 'UNet_2'], ['--resume', '--name', 'UNet'], 'UNet'),
+        (['UNet', 'UNet_2'], ['--name=UNet', '--resume'], 'UNet'),
+        (['UNet', 'UNet_old', 'UNet_02', 'VNet_3', 'UNet_2_2'], ['--resume'], 'UNet'),
+    ],
+)
+def test_which_run_a_command_asks_for(tmp_path, runs, words, name):
+    for run in runs:
+        (tmp_path / 'runs' / run).mkdir(parents=True)
+    assert find_run(tmp_path, 'UNet', words) == tmp_path / 'runs' / name
 
 
 def test_a_stopped_dry_run_has_nothing_to_go_on_with(train, tmp_path):

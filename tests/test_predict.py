@@ -567,6 +567,9 @@ def test_what_cannot_be_done_is_said_in_a_line(call, words, says):
         ['a', '--saturation', '-1'],
         ['a', '--saturation', 'nan'],
         ['a', '--saturation', 'inf'],
+        ['a', '--saturation', '1001'],
+        ['a', '--size', '4104'],
+        ['--'],
         ['a', '--sat', '1'],
     ],
 )
@@ -818,6 +821,30 @@ def test_the_first_of_many_frames_is_told(call):
         frames[0].save(name, save_all=True, append_images=frames[1:])
         printed = call(0, name, '--output', name[-4:])
         assert printed.err == f"predict.py: '{name}': the result is the first of 3 frames\n"
+
+
+@pytest.mark.parametrize('pages, told', [(100, '100'), (101, 'more than 100')])
+def test_thousands_of_pages_are_not_counted(call, pages, told):
+    page = scene((8, 8))
+    page.save('pages.tif', save_all=True, append_images=[page] * (pages - 1))
+    said = f"predict.py: 'pages.tif': the result is the first of {told} frames\n"
+    assert call(0, 'pages.tif').err == said
+
+
+def test_what_follows_two_dashes_are_photos(call):
+    for name in 'a.png', '-b.png', '--compare':
+        scene().save(name, format='PNG')
+    call(0, 'a.png', '--output', 'out')
+    assert predict.main(['--size', '32', '--output', 'out', '--', '-b.png', '--compare']) == 0
+    assert sorted(os.listdir('out')) == ['--compare', '-b.png', '.colorized', 'a.png']
+
+
+def test_a_pipe_in_the_place_of_the_marks(call):
+    os.mkdir('out')
+    os.mkfifo('out/.colorized')
+    scene().save('a.png')
+    line = 'predict.py: out/.colorized is no regular file; move it away\n'
+    assert call(2, 'a.png', '--output', 'out').err == line
 
 
 def test_what_is_passed_over_is_counted(call):
