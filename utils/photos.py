@@ -28,37 +28,12 @@ PHOTO_EXTENSIONS = {
     for extension, name in Image.registered_extensions().items()
     if name in (*PHOTO_FORMATS, 'MPO')
 }
+RAW = '3fr arw cr2 cr3 dng erf kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f'
 # photos that Pillow does not read, and what to do about them
 REMEDIES = {
     **dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif'),
     **dict.fromkeys(('.avif', '.jxl', '.webp'), 'save as JPEG, PNG or TIFF'),
-    **dict.fromkeys(
-        (
-            '.3fr',
-            '.arw',
-            '.cr2',
-            '.cr3',
-            '.dng',
-            '.erf',
-            '.kdc',
-            '.mef',
-            '.mos',
-            '.mrw',
-            '.nef',
-            '.nrw',
-            '.orf',
-            '.pef',
-            '.raf',
-            '.raw',
-            '.rw2',
-            '.rwl',
-            '.sr2',
-            '.srf',
-            '.srw',
-            '.x3f',
-        ),
-        'raw: save as JPEG, PNG or TIFF',
-    ),
+    **{f'.{name}': 'raw: save as JPEG, PNG or TIFF' for name in RAW.split()},
 }
 # what predict.py needs for each pixel of a photo at its peak: the photo, its gray, the result
 BYTES_PER_PIXEL = 32
