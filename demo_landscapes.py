@@ -246,7 +246,7 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
         raise OSError(errno.EBUSY, 'this is the working directory; name a folder in it', folder)
     if is_empty(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'{folder.name}.tmp', dir=folder.parent) as tmp:
+        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.tmp', dir=folder.parent) as tmp:
             whole = Path(tmp, 'whole')
             for index, kind in enumerate(KINDS):
                 (whole / kind).mkdir(parents=True)
