@@ -51,13 +51,13 @@ def parse_args(argv, settings=(), program='colorize.py'):
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
-    add('--colorfulness_weight', type=cli.weight, default=0.025, help='0: duller')
+    add('--colorfulness_weight', type=cli.factor, default=0.025, help='0: duller')
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
     add('--small_steps', type=cli.fraction_below_1, default=0.75, help='first share, at half size')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
     add('--name', type=cli.folder_name, default='UNet', help='the folder in runs/')
-    add_flag('--resume', 'go on with the latest run, or that of --name, if there is one')
+    add_flag('--resume', 'go on with the run of --name, else with the latest of UNet, UNet_2, …')
     add_flag('--dry_run', 'send one small batch through everything, and keep nothing')
     add_flag('--demo', 'draw small landscapes, and learn to colorize them')
     add_flag('--stream', 'read the photos from disk in every epoch, to save memory')
@@ -279,7 +279,7 @@ def run(args, argv, base, stop):
 
 
 def load_saved(args, argv, base):
-    """Return the checkpoint that --resume goes on from, and complete `args` from it; else None."""
+    """Return the checkpoint that --resume goes on with, or None; complete `args` from that run."""
     saved, path = None, checkpoint.find_run(base, args.name, argv) / 'checkpoint.pth'
     if args.resume and distributed.rank == 0:
         like = {name: getattr(args, name) for name in SETTINGS} | dict(photos='')

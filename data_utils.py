@@ -111,7 +111,7 @@ class PhotoFolder(ImageFolderGrayColor):
 
         The result is within one gray level of Pillow's resize, in a quarter of its time.
         """
-        # Pillow's bytes are channels-last, as torch sees here, and is faster
+        # Pillow's bytes are channels-last. Permuted, not copied, torch sees that, and is faster.
         photo = to_pixels(photo)[None].permute(0, 3, 1, 2)
         small = F.interpolate(photo, (self.size, self.size), mode='bilinear', antialias=True)
         return small[0].permute(1, 2, 0).contiguous()

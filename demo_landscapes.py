@@ -242,9 +242,9 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
     folder = Path(os.path.realpath(folder))  # a link stays a link: its target is filled
     if per_kind < 1:
         raise ValueError(f'per_kind must be at least 1, not {per_kind}')
-    if folder == Path(os.path.realpath('.')):  # it is replaced, and the shell's would be gone
-        raise OSError(errno.EBUSY, 'this is the working directory; name a folder in it', folder)
     if is_empty(folder):
+        if folder == Path(os.path.realpath('.')):  # replaced, it would be gone for the shell
+            raise OSError(errno.EBUSY, 'this is the working directory; name a folder in it', folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.tmp', dir=folder.parent) as tmp:
             whole = Path(tmp, 'whole')

@@ -107,7 +107,7 @@ def parse_args(argv):
     )
     add(
         '--saturation',
-        type=cli.weight,
+        type=cli.factor,
         default=1.0,
         help='times the predicted color: 0 is gray, 1 to 1.5 is sensible, above 2 is garish '
         '[%(default)s]',
@@ -311,16 +311,18 @@ def describe_frames(photo):
     """Return how many frames an open animation has, or pages, as text; '' for all other photos."""
     with contextlib.suppress(Exception):  # damaged ones are the decoder's business
         if photo.format == 'TIFF':
-            frames = count_pages(photo)
+            pages = count_pages(photo)
+            if pages > MOST_PAGES:
+                return f'more than {MOST_PAGES} frames'
         else:
-            frames = getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
-        if frames > 1:
-            return f'{frames} frames' if frames <= MOST_PAGES else f'more than {MOST_PAGES} frames'
+            pages = getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
+        if pages > 1:
+            return f'{pages} frames'
     return ''
 
 
 def count_pages(tiff):
-    """Return the number of pages of an open TIFF, and of those beyond MOST_PAGES only the first."""
+    """Return the number of pages of an open TIFF; MOST_PAGES + 1 if there are more."""
     for number in range(1, MOST_PAGES + 1):
         try:
             tiff.seek(number)

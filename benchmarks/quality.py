@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add('--seeds', type=list_of(cli.nonnegative_int), default='0,1,2', help=seeds)
     add('--epochs', type=cli.positive_int, default=4, help='of each training')
     saturations = 'as in predict.py: a row of the table for each'
-    add('--saturations', type=list_of(cli.weight), default='1', help=saturations)
+    add('--saturations', type=list_of(cli.factor), default='1', help=saturations)
     add('--weights', help='a file: test these weights, and train nothing')
     args = parser.parse_args(argv)
     if not args.weights and not args.data_path:

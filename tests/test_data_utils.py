@@ -126,7 +126,7 @@ def test_a_truncated_photo_and_a_bomb_are_oserrors(tmp_path, monkeypatch):
 @pytest.mark.parametrize('width, height', [(65536, 1), (48, 70000)])
 def test_a_header_that_claims_a_side_of_millions_is_refused_unread(tmp_path, width, height):
     (tmp_path / 'a.ppm').write_bytes(b'P6 %d %d 255\n' % (width, height))
-    with pytest.raises(OSError, match=f'^{width}×{height} pixels, of 65535 at most a side$'):
+    with pytest.raises(OSError, match=f'^{width}×{height} pixels; a side may have 65535$'):
         load_photo(tmp_path / 'a.ppm')
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,9 +148,14 @@ def test_the_working_directory_is_not_replaced(run, tmp_path):
     for place in '.', tmp_path:
         done = run('demo_landscapes.py', place, code=1)
         assert done.stderr == f'demo_landscapes.py: {tmp_path}: {said}\n'
-    (tmp_path / 'still').touch()
+    assert list(tmp_path.iterdir()) == []
+    draw_landscapes(tmp_path / 'demo', per_kind=1)
+    assert (
+        run('demo_landscapes.py', '.', cwd=tmp_path / 'demo').stdout == '7 pictures already in .\n'
+    )
 
 
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='only Linux has it')
 def test_a_full_disk_behind_the_output(tmp_path):
     with open('/dev/full', 'w') as full:
         done = subprocess.run(

@@ -151,12 +151,11 @@ def test_a_stop_reaches_all_processes_at_the_same_step(flags, whole, tmp_path):
     assert (whole / WEIGHTS).read_bytes() == (stopped / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize('left', [dict(WORLD_SIZE='2'), dict(RANK='1'), dict(RANK='')])
-def test_a_part_of_another_launcher_s_environment_is_one_process(left):
-    code = 'from utils import distributed; print(distributed.rank, distributed.world_size)'
-    environ = os.environ | left
-    out = subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, env=environ, text=True)
-    assert out == '0 1\n'
+def test_a_part_of_another_launcher_s_environment(run, drawings):
+    environ = os.environ | dict(WORLD_SIZE='2', RANK='', LOCAL_RANK='')
+    done = run('colorize.py', '--data_path', drawings, *FLAGS, code=2, env=environ)
+    assert done.stderr.startswith('colorize.py: ') and done.stderr.count('\n') == 1
+    assert done.stderr.endswith('; start with torchrun, or unset RANK and WORLD_SIZE\n')
 
 
 def test_a_process_that_fails_ends_the_others_with_its_reason(flags, tmp_path):

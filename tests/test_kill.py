@@ -161,7 +161,8 @@ def test_resume_goes_on_with_the_run_that_the_command_made(train, reference, tmp
     with signal_after(4):
         started = train(code=128 + signal.SIGTERM)
     assert started.out.startswith(
-        'runs/UNet_2 is its folder: to go on with this run, --name UNet_2 --resume\n'
+        'runs/UNet is taken: this run is in runs/UNet_2; to go on with it, '
+        'add --name UNet_2 --resume\n'
     )
     first = load(tmp_path / CHECKPOINT)
     assert 'going on in epoch 2 after step 1' in train('--resume').out
@@ -182,13 +183,22 @@ def test_resume_goes_on_with_the_run_that_the_command_made(train, reference, tmp
         (['UNet', 'UNet_2'], [], 'UNet'),
         (['UNet', 'UNet_2'], ['--resume', '--name', 'UNet'], 'UNet'),
         (['UNet', 'UNet_2'], ['--name=UNet', '--resume'], 'UNet'),
-        (['UNet', 'UNet_old', 'UNet_02', 'VNet_3', 'UNet_2_2'], ['--resume'], 'UNet'),
+        (['UNet', 'UNet_old', 'UNet_02', 'UNet_1', 'VNet_3', 'UNet_2_2'], ['--resume'], 'UNet'),
     ],
 )
 def test_which_run_a_command_asks_for(tmp_path, runs, words, name):
     for run in runs:
         (tmp_path / 'runs' / run).mkdir(parents=True)
     assert find_run(tmp_path, 'UNet', words) == tmp_path / 'runs' / name
+
+
+def test_the_next_run_is_the_latest(train, tmp_path):
+    """Whatever other folders there are: --resume finds what the command made."""
+    for name in 'UNet', 'UNet_7':
+        (tmp_path / 'runs' / name).mkdir(parents=True)
+    train('--epochs', 1)
+    made = find_run(tmp_path, 'UNet', ['--resume'])
+    assert made == tmp_path / 'runs/UNet_8' and (made / 'checkpoint.pth').exists()
 
 
 def test_a_stopped_dry_run_has_nothing_to_go_on_with(train, tmp_path):

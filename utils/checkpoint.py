@@ -466,26 +466,35 @@ def require_same(settings, earlier, names):
 # ---------------------------------------------------------------------------- the files of a run
 
 
+def latest_number(runs, name):
+    """Return the highest number of the runs NAME (1), NAME_2, … in the folder `runs`, 0 of none."""
+    family = re.compile(re.escape(name) + '(?:_([2-9]|[1-9][0-9]+))?')
+    matches = map(family.fullmatch, os.listdir(runs) if runs.is_dir() else [])
+    return max((int(match[1] or 1) for match in matches if match), default=0)
+
+
+def numbered(name, number):
+    """Return the name of the run NAME of that number: NAME, NAME_2, …"""
+    return name if number < 2 else f'{name}_{number}'
+
+
 def find_run(home, name, argv):
     """Return the folder below `home` of the run that the command line `argv` asks for.
 
     It is runs/NAME. With --resume and without --name, it is the latest of runs/NAME, runs/NAME_2,
     and so on: the same command without --resume may have made that.
     """
-    first = home / 'runs' / name
-    if '--resume' not in argv or any(word.split('=')[0] == '--name' for word in argv):
-        return first
-    numbered = re.compile(re.escape(name) + '_([1-9][0-9]*)')
-    later = [path for path in first.parent.glob('*_*') if numbered.fullmatch(path.name)]
-    return max(later, key=lambda path: int(numbered.fullmatch(path.name)[1]), default=first)
+    runs = home / 'runs'
+    is_latest = '--resume' in argv and not any(word.split('=')[0] == '--name' for word in argv)
+    return runs / numbered(name, latest_number(runs, name) if is_latest else 1)
 
 
 class RunFolder:
     """The files of one run: `runs/NAME` below `home`, and `home/unet.pth`, the latest weights.
 
-    A new run gets a free name: NAME, NAME_2, … A resumed one gets NAME itself. The folder is locked
-    until the process ends. Raises UsageError if a file, a folder or another process is in the way,
-    OSError if the folder cannot be made.
+    A new run gets the next name: NAME, NAME_2, … A resumed one gets NAME itself. The folder is
+    locked until the process ends. Raises UsageError if a file, a folder or another process is in
+    the way, OSError if the folder cannot be made.
     """
 
     def __init__(self, home, name, resume):
@@ -510,6 +519,8 @@ class RunFolder:
                 f'another process is training in {self.path}; wait for its end, or '
                 'give another --name'
             )
+        if resume and not self.checkpoint.exists():
+            print0(f'nothing to go on with in {self.path}: its run begins')
         for leftover in find_leftovers(self.weights) + find_leftovers(self.checkpoint):
             if self.latest.exists() and leftover.read_bytes() == self.latest.read_bytes():
                 os.replace(leftover, self.weights)  # between the renames of save_weights
@@ -526,16 +537,20 @@ class RunFolder:
 
     def make(self, name, resume):
         """Make the folder, and return its path."""
-        for number in itertools.count(1):
-            path = self.runs / (name if number == 1 else f'{name}_{number}')
-            try:
-                path.mkdir(exist_ok=resume)
+        if resume:
+            path = self.runs / name
+            path.mkdir(exist_ok=True)
+            return path
+        for number in itertools.count(latest_number(self.runs, name) + 1):
+            path = self.runs / numbered(name, number)
+            with contextlib.suppress(FileExistsError):  # of a run that began in this moment
+                path.mkdir()
                 break
-            except FileExistsError:
-                if resume:
-                    raise
         if number > 1:  # a run that is killed has no time to say it
-            print0(f'{path} is its folder: to go on with this run, --name {path.name} --resume')
+            print0(
+                f'{self.runs / name} is taken: this run is in {path}; to go on with it, '
+                f'add --name {path.name} --resume'
+            )
         return path
 
     def save_weights(self, net):

@@ -90,7 +90,7 @@ image_size = number(
     f'a multiple of 8, at most {LARGEST_SIZE}',
 )
 positive_float = number(float, lambda x: 0 < x < math.inf, 'a number above 0')
-weight = number(float, lambda x: 0 <= x <= 1000, 'a number from 0 to 1000')
+factor = number(float, lambda x: 0 <= x <= 1000, 'a number from 0 to 1000')
 fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 
 
@@ -137,6 +137,8 @@ def explain_error(error, batch_size):
     text = ' '.join(str(error).split())
     if isinstance(error, UsageError):
         return 2, text
+    if 'env:// rendezvous' in text:  # a part of another launcher's environment
+        return 2, f'{text}; start with torchrun, or unset RANK and WORLD_SIZE'
     if isinstance(error, OSError) and error.strerror:
         return 1, f'{error.filename}: {error.strerror}' if error.filename else error.strerror
     if isinstance(error, OSError | FloatingPointError):

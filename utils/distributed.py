@@ -9,12 +9,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-# set by torchrun; a part of them, left over from elsewhere, does not make several processes
-environ = os.environ if all(map(os.environ.get, ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'))) else {}
-rank = int(environ.get('RANK', 0))
-world_size = int(environ.get('WORLD_SIZE', 1))
-local_rank = int(environ.get('LOCAL_RANK', 0))  # among those of this machine
-local_world_size = int(environ.get('LOCAL_WORLD_SIZE', 1))
+# set by torchrun; the defaults are those of a single process
+rank = int(os.environ.get('RANK') or 0)
+world_size = int(os.environ.get('WORLD_SIZE') or 1)
+local_rank = int(os.environ.get('LOCAL_RANK') or 0)  # among those of this machine
+local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
 no_bar = None if rank == 0 else True  # tqdm's `disable`: None shows bars on a terminal only
 
 

@@ -123,7 +123,7 @@ def open_photo(path):
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as photo:
             if max(photo.size) > MAX_SIDE:
-                raise OSError('{}×{} pixels, of {} at most a side'.format(*photo.size, MAX_SIDE))
+                raise OSError(f'{photo.width}×{photo.height} pixels; a side may have {MAX_SIDE}')
             yield photo
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
@@ -184,5 +184,5 @@ def to_gray_bytes(photo):
 
 def to_pixels(photo):
     """Return the pixels of a PIL image: uint8 (H, W, 3) of RGB, (H, W) of L, float (H, W) of F."""
-    # as torchvision's pil_to_tensor, whose import would take predict.py as long as torch's
+    # not torchvision's pil_to_tensor: importing torchvision takes as long as importing torch
     return torch.from_numpy(np.array(photo))

@@ -120,8 +120,6 @@ def print_end(run_folder, progress, data, photos):
     option = [] if weights == run_folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
     if data:
-        # where a name begins with a dash, it is not to be taken for a flag
-        paths = [f'./{path}' if path[0] == '-' else path for path in data.sample_paths[::4]]
-        words = [*paths, *option, '--compare', '--output', 'compared']
+        words = [*data.sample_paths[::4], *option, '--compare', '--output', 'compared']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
     print0(f'    {shlex.join(["python", "predict.py", photos or "YOUR_PHOTOS", *option])}')

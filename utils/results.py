@@ -14,7 +14,7 @@ class Results:
 
     A hidden file in it has a mark of each result; one that was changed since is the user's own.
     `photos` are the paths of all photos. Several threads and processes may write at once. Raises
-    UsageError if the folder is a file, or the hidden file is none.
+    UsageError if the folder is a file, or if anything but a file has the hidden file's name.
     """
 
     def __init__(self, folder, photos):
