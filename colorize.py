@@ -199,7 +199,7 @@ def fit(state, data, recipe, run_folder, epochs, stop):
         start, before = time.perf_counter(), progress.photos
         loss = train_epoch(model, state.optimizer, data.train_loader, progress, recipe, stop)
         speed = (progress.photos - before) / (time.perf_counter() - start)
-        lr = state.optimizer.param_groups[0]['lr']
+        lr = recipe.get_lr((progress.epoch + 1) * len(data.train_loader) - 1)
         metrics = {'training loss': loss, 'learning rate': lr, 'photos per second': speed}
         objective = None
         if data.val_loader:

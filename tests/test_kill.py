@@ -132,11 +132,11 @@ def test_killed_at_any_moment(drawings, reference, again, tmp_path):
     ids=['in memory', 'streaming', 'one after the other'],
 )
 def test_no_step_is_made_twice(reference, again, tmp_path, capfd, ways):
-    """Stopped in an epoch's last step, which is before its validation, and within an epoch."""
+    """Stopped within an epoch, and in an epoch's last step, which is before its validation."""
     made = 0
     for way, steps, number, place in (
-        (ways[0], 3, signal.SIGTERM, 'epoch 1 after step 3'),
-        (ways[1], 2, signal.SIGINT, 'epoch 2 after step 2'),
+        (ways[0], 2, signal.SIGTERM, 'epoch 1 after step 2'),
+        (ways[1], 4, signal.SIGINT, 'epoch 2 after step 3'),
     ):
         with signal_after(steps, number) as counted:
             printed = again(*way, code=128 + number)
