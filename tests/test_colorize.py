@@ -378,7 +378,7 @@ def test_every_run_keeps_its_weights_and_unet_pth_is_the_latest_one_s(train, tmp
     assert 'logging in runs/UNet_2' in train('--epochs', 1, '--seed', 1).out
     latest, first, second = weights()
     assert latest == second != first
-    train('--epochs', 2, '--resume')
+    train('--epochs', 2, '--resume', '--name', 'UNet')
     latest, first_goes_on, still = weights()
     assert latest == first_goes_on != first and still == second
     assert sorted(path.name for path in tmp_path.glob('*')) == ['runs', 'unet.pth']
