@@ -22,10 +22,11 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from unet import UNet
 from utils import cli
@@ -61,7 +62,7 @@ NETWORK_BYTES = 1100  # of memory for each pixel that the network sees
 OPAQUE = 'BMP', 'JPEG', 'PPM'
 # where frames are an animation or pages: elsewhere they are previews, layers or sizes
 FRAMED = 'AVIF', 'GIF', 'PNG', 'TIFF', 'WEBP'
-MOST_PAGES = 100  # are counted: Pillow takes minutes for tens of thousands
+MOST_PAGES = 100  # of a TIFF are counted: Pillow takes minutes for tens of thousands
 # not about the photo but about the pixels as they were stored (nearly all in TIFF), or a copy of
 # them; the same for the thumbnail, which Pillow leaves out by itself
 STORAGE_TAGS = {
@@ -311,24 +312,14 @@ def describe_frames(photo):
     """Return how many frames an open animation has, or pages, as text; '' for all other photos."""
     with contextlib.suppress(Exception):  # damaged ones are the decoder's business
         if photo.format == 'TIFF':
-            pages = count_pages(photo)
-            if pages > MOST_PAGES:
+            frames = sum(1 for _ in islice(ImageSequence.Iterator(photo), MOST_PAGES + 1))
+            if frames > MOST_PAGES:
                 return f'more than {MOST_PAGES} frames'
         else:
-            pages = getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
-        if pages > 1:
-            return f'{pages} frames'
+            frames = getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
+        if frames > 1:
+            return f'{frames} frames'
     return ''
-
-
-def count_pages(tiff):
-    """Return the number of pages of an open TIFF; MOST_PAGES + 1 if there are more."""
-    for number in range(1, MOST_PAGES + 1):
-        try:
-            tiff.seek(number)
-        except EOFError:
-            return number
-    return MOST_PAGES + 1
 
 
 def estimate_memory(photo, net, size):
