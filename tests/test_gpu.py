@@ -1,9 +1,5 @@
 """What only a GPU can show. Skipped where there is none; benchmarks/gpu.sh runs it first."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,7 +9,6 @@ from unet import UNet
 from utils.cli import explain_error
 from utils.device import Precision, channels_last, check_compiler, choose_device, free_memory
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 PRECISIONS = ['fp32', 'bf16', 'fp16']
 
@@ -26,7 +21,7 @@ def device():
 def new_network(device):
     torch.manual_seed(0)
     net = channels_last(UNet(), device)
-    return net, torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+    return net, torch.optim.Adam(net.parameters(), 1e-4, fused=True)
 
 
 def batches(device, sizes=(4, 4, 2), image_size=32):
@@ -50,7 +45,7 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
                 net, optimizer, batches(home), progress, colorize.Recipe(Precision(precision, home))
             )
         )
-    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 @pytest.mark.parametrize('name', PRECISIONS)
@@ -97,7 +92,8 @@ def test_batches_are_those_of_a_run_on_the_cpu(drawings, device, home):
         PhotoLoader(photos, range(50), 8, device, seed=3), expected, strict=True
     ):
         assert y.device.type == 'cuda'
-        assert torch.equal(y.cpu(), y1) and torch.allclose(x.cpu(), x1, atol=1e-6)
+        # a GPU multiplies by 1/255, whose last bit differs from a division's
+        torch.testing.assert_close((x.cpu(), y.cpu()), (x1, y1), rtol=0, atol=1e-6)
 
 
 def test_too_large_a_batch_names_a_smaller_one(device):
@@ -108,53 +104,15 @@ def test_too_large_a_batch_names_a_smaller_one(device):
 
 
 @pytest.mark.parametrize('first, second', [('fp16', 'bf16'), ('bf16', 'fp16')])
-def test_a_run_goes_on_in_another_precision(drawings, tmp_path, first, second):
+def test_a_run_goes_on_in_another_precision(drawings, run, first, second):
+    flags = '--data_path', drawings, '--image_size', 32, '--device', 'cuda', '--resume'
     for epochs, precision in (1, first), (2, second):
-        done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / 'colorize.py',
-                '--data_path',
-                drawings,
-                '--image_size',
-                '32',
-                '--epochs',
-                str(epochs),
-                '--precision',
-                precision,
-                '--device',
-                'cuda',
-                '--resume',
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert (done.returncode, done.stderr) == (0, '')
-        assert f'epoch {epochs}/{epochs}' in done.stdout
+        done = run('colorize.py', *flags, '--epochs', epochs, '--precision', precision)
+        assert done.stderr == '' and f'\n   {epochs}/{epochs} ' in done.stdout
 
 
-def test_a_run_that_began_on_a_cpu_goes_on(drawings, tmp_path):
+def test_a_run_that_began_on_a_cpu_goes_on(drawings, run):
+    flags = '--data_path', drawings, '--image_size', 32, '--resume', '--stream'
     for epochs, device in (1, 'cpu'), (2, 'cuda'):
-        done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / 'colorize.py',
-                '--data_path',
-                drawings,
-                '--image_size',
-                '32',
-                '--epochs',
-                str(epochs),
-                '--device',
-                device,
-                '--resume',
-                '--stream',
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert (done.returncode, done.stderr) == (0, '')
+        done = run('colorize.py', *flags, '--epochs', epochs, '--device', device)
+        assert done.stderr == '' and f'\n   {epochs}/{epochs} ' in done.stdout
