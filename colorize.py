@@ -110,7 +110,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             break
         step = progress.epoch * len(loader) + progress.step
         recipe.set_lr(optimizer, step)
-        x, y = recipe.shrink(step, x, y)
+        x, y = recipe.shrink(step, progress.epoch, x, y)
         progress.step += 1
         if batch_size:  # 0 if none of the batch could be read
             loss = train_step(model, optimizer, recipe, (x.to(device), y.to(device)), batch_size)

@@ -1,6 +1,7 @@
 """How a run takes its steps: the precision, what is minimized, the rate, and the photos' size."""
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from utils.device import Precision
 
 WARM_UP = 0.2  # of all steps
+WHOLE_EPOCHS = 15  # that see whole photos: after these, a network begins to know them by heart
 
 
 @dataclass
@@ -38,15 +40,23 @@ class Recipe:
         done = (step - warm_up) / max(1, self.steps - warm_up)
         return self.lr * (1 + math.cos(math.pi * min(1, done))) / 2
 
-    def shrink(self, step, *batch):
-        """Return tensors (B, C, S, S) of photos at the size at which the step (from 0) sees them.
+    def shrink(self, step, epoch, *batch):
+        """Return tensors (B, C, S, S) of photos as the step and the epoch (both from 0) see them.
 
-        Up to the share `small_steps` of all steps, that is half their size: it costs a quarter, and
-        what it teaches holds at full size, too (progressive resizing; Tan and Le 2021,
-        arXiv:2104.00298). That is so for photos, which look alike at all scales; drawings do not.
+        Up to the share `small_steps` of all steps, that is at half their size: it costs a quarter,
+        and what it teaches holds at full size, too (progressive resizing; Tan and Le 2021,
+        arXiv:2104.00298). After WHOLE_EPOCHS such steps see a random square part of the photos.
+        Both are for photos, which look alike at all scales; drawings do not.
         """
-        is_small = self.is_small(step, batch[0].shape[-1])
-        return [F.avg_pool2d(photos, 2) for photos in batch] if is_small else batch
+        size = batch[0].shape[-1]
+        if not self.is_small(step, size):
+            return batch
+        # from the step alone: a resumed run, and each process of several, takes the same part
+        draw = random.Random(step)
+        part = draw.randint(size // 2, size) if epoch >= WHOLE_EPOCHS else size
+        top, left = (draw.randint(0, size - part) for _ in 'yx')
+        batch = [photos[..., top : top + part, left : left + part] for photos in batch]
+        return [F.interpolate(photos, (size // 2, size // 2), mode='bilinear') for photos in batch]
 
     def is_small(self, step, size):
         """Tell whether the step (from 0) sees photos of this side in pixels at half their size."""
