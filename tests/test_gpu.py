@@ -28,7 +28,7 @@ def batches(device, sizes=(4, 4, 2), image_size=32):
     torch.manual_seed(1)
     loader = []
     for size in sizes:
-        y = torch.rand(size, 3, image_size, image_size)
+        y = torch.rand(size, 1, image_size, image_size) * torch.tensor([1, 0.6, 0.3]).view(3, 1, 1)
         y = y.to(device, memory_format=torch.channels_last)
         loader.append((y.mean(1, keepdim=True) * 2 - 1, y))
     return loader
@@ -36,16 +36,19 @@ def batches(device, sizes=(4, 4, 2), image_size=32):
 
 @pytest.mark.parametrize('name', PRECISIONS)
 def test_a_gpu_learns_what_a_cpu_learns(device, name):
-    losses = []
+    first, last = [], []
     for home, precision in (torch.device('cpu'), 'fp32'), (device, name):
         net, optimizer = new_network(home)
-        progress = colorize.Progress()
-        losses.append(
-            colorize.train_epoch(
-                net, optimizer, batches(home), progress, colorize.Recipe(Precision(precision, home))
-            )
-        )
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+        recipe, loader = colorize.Recipe(Precision(precision, home)), batches(home)
+        losses = [
+            colorize.train_epoch(net, optimizer, loader, colorize.Progress(), recipe)
+            for _ in range(6)
+        ]
+        first.append(losses[0])
+        last.append(losses[-1])
+    # later, rounding is amplified, and float16 skips a step where its scale is too large
+    assert first[1] == pytest.approx(first[0], rel=0.03)
+    assert max(last) < min(first) / 2
 
 
 @pytest.mark.parametrize('name', PRECISIONS)

@@ -1,10 +1,10 @@
-"""How a run takes its steps: the precision, what is minimized, the rate, and the photos' size."""
+"""How a run takes its steps: the precision, what is minimized, the rate, and what they see."""
 
 import math
 import random
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+from torchvision.transforms.functional import resized_crop
 
 from utils.device import Precision
 
@@ -55,8 +55,8 @@ class Recipe:
         draw = random.Random(step)
         part = draw.randint(size // 2, size) if epoch >= WHOLE_EPOCHS else size
         top, left = (draw.randint(0, size - part) for _ in 'yx')
-        batch = [photos[..., top : top + part, left : left + part] for photos in batch]
-        return [F.interpolate(photos, (size // 2, size // 2), mode='bilinear') for photos in batch]
+        square, half = (top, left, part, part), [size // 2, size // 2]
+        return [resized_crop(photos, *square, half, antialias=False) for photos in batch]
 
     def is_small(self, step, size):
         """Tell whether the step (from 0) sees photos of this side in pixels at half their size."""
