@@ -52,10 +52,9 @@ class UNet(nn.Module):
     Raises ValueError if three 2×2 poolings cannot divide H and W, both at least 8.
     """
 
-    image_size = None  # side in pixels of the photos that it was trained on, once that is known
-
-    def __init__(self):
+    def __init__(self, image_size=None):
         super().__init__()
+        self.image_size = image_size  # side in pixels of the photos that it is trained on, if known
         self.downsample_block_1 = DownSampleBlock(1, 32)
         self.downsample_block_2 = DownSampleBlock(32, 64)
         self.downsample_block_3 = DownSampleBlock(64, 128)

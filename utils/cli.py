@@ -14,18 +14,6 @@ class UsageError(Exception):
     """A request that cannot be met. The message is one line that names the value and the remedy."""
 
 
-def open_streams():
-    """Open the standard streams that a shell closed (`>&-`), so that they swallow what is written.
-
-    Else the next file that the program opens would get their number, and their messages.
-    """
-    for name in 'stdin', 'stdout', 'stderr':
-        if getattr(sys, name) is None:
-            # the lowest free number is the closed stream's
-            setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be printable
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Show the description as it is written, and defaults unless they are False or None."""
 
@@ -38,7 +26,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 class ArgumentParser(argparse.ArgumentParser):
     """Show a program's docstring as its help, and refuse wrong arguments in one line."""
 
-    def __init__(self, prog=None, description=None):
+    def __init__(self, prog, description):
         super().__init__(prog, None, description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
@@ -50,16 +38,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_device(self):
         """Add --device, the same in every program."""
-        self.add_argument(
-            '--device',
-            choices=('auto', 'cuda', 'mps', 'cpu'),
-            default='auto',
-            help='where the network runs',
-        )
-
-    def add_num_workers(self, default, help):
-        """Add --num_workers, the same in every program."""
-        self.add_argument('--num_workers', type=nonnegative_int, default=default, help=help)
+        choices = 'auto', 'cuda', 'mps', 'cpu'
+        self.add_argument('--device', choices=choices, default='auto', help='where to compute')
 
 
 # ---------------------------------------------------------------------------- types of numbers
@@ -81,30 +61,29 @@ def number(kind, is_allowed, rule):
 
 
 LARGEST = 2**31  # larger numbers are typing errors, and overflow in torch
-LARGEST_SIZE = 4096  # pixels: the network sees no larger square
 positive_int = number(int, lambda n: 0 < n < LARGEST, 'a whole number above 0')
 nonnegative_int = number(int, lambda n: 0 <= n < LARGEST, 'a whole number, 0 or above')
-image_size = number(
-    int,
-    lambda n: 0 < n <= LARGEST_SIZE and n % 8 == 0,
-    f'a multiple of 8, at most {LARGEST_SIZE}',
-)
+image_size = number(int, lambda n: 0 < n <= 4096 and n % 8 == 0, 'a multiple of 8, at most 4096')
 positive_float = number(float, lambda x: 0 < x < math.inf, 'a number above 0')
 factor = number(float, lambda x: 0 <= x <= 1000, 'a number from 0 to 1000')
 fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
+port = number(int, lambda n: 0 < n < 65536, 'a port, 1 to 65535')
 
 
 def folder_name(text):
-    """Return the text, an argparse type: the name of a folder that lies in another.
-
-    It does not begin with a dot (hidden, and the lock's) or a dash (as a flag does).
-    """
+    """Return the text, an argparse type: the name of a folder that lies in another."""
     if not text or text[0] in '.-' or '/' in text or os.sep in text:
         raise argparse.ArgumentTypeError(f'{text!r} is not the name of a folder for a run')
     return text
 
 
-# ---------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------- output and errors
+
+
+def print_any_name():
+    """Let standard output take the names of files, which need not be text."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def exit_code(error, program, batch_size=0):
@@ -119,20 +98,7 @@ def exit_code(error, program, batch_size=0):
     return code
 
 
-def exit(code):
-    """End the program with the exit code.
-
-    Stopped, or as one of several processes, it does so at once: Python would wait for its threads,
-    of which one may read from a dead disk, and one serve torch's process group.
-    """
-    if code > 128 or dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def explain_error(error, batch_size):
+def explain_error(error, batch_size=0):
     """Return (exit code, one line) for an error that the user can mend, (0, '') for our own."""
     text = ' '.join(str(error).split())
     if isinstance(error, UsageError):
@@ -157,18 +123,10 @@ def explain_error(error, batch_size):
 
 def is_out_of_memory(error):
     """Tell whether the memory of the host or of the device was too small."""
-    return (
-        isinstance(error, MemoryError)
-        or isinstance(error, RuntimeError)
-        and any(
-            words in str(error)
-            for words in (
-                'out of memory',  # CUDA, MPS
-                "can't allocate memory",  # the host
-                'CUDNN_STATUS_ALLOC_FAILED',
-                'CUBLAS_STATUS_ALLOC_FAILED',
-            )
-        )
+    # CUDA and MPS; the host; two libraries of CUDA
+    words = 'out of memory', "can't allocate memory", '_STATUS_ALLOC_FAILED'
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
@@ -176,11 +134,10 @@ def explain_out_of_memory(text, batch_size):
     """Return the remedy in one line, from the error's text."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     # with one photo or none in each process, a smaller batch needs as much memory
-    smaller = (
-        f'--batch_size {batch_size // 2} or less'
-        if batch_size > processes
-        else 'a smaller --image_size'
-    )
+    if batch_size > processes:
+        smaller = f'--batch_size {batch_size // 2} or less'
+    else:
+        smaller = 'a smaller --image_size'
     # torch's allocator names other processes; an error of CUDA itself comes where others took all
     if 'CUDA error' in text or re.search(r'Process \d+ has', text):
         return (

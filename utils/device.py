@@ -1,14 +1,9 @@
 """The machine: its device, its memory, its processors, and the precision that it is fastest in."""
 
 import ctypes
-import importlib.util
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
 from contextlib import nullcontext
 
 import torch
@@ -18,8 +13,8 @@ from utils import distributed
 from utils.cli import UsageError
 
 
-def choose_device(name, local_rank=0):
-    """Return the torch.device for --device `name` in the process `local_rank` of this machine.
+def choose_device(name):
+    """Return the torch.device for --device `name`: of several GPUs, this process's own.
 
     Raises UsageError if there is no such device.
     """
@@ -31,14 +26,14 @@ def choose_device(name, local_rank=0):
     if name == 'mps' and not torch.backends.mps.is_available():
         raise UsageError('--device mps: torch sees no Apple GPU here; --device cpu works')
     if name == 'cuda' or name == 'auto' and torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        rank, gpus = distributed.local_rank, torch.cuda.device_count()
+        if rank >= gpus:
             raise UsageError(
-                f'process {local_rank} has no GPU: this machine has '
-                f'{torch.cuda.device_count()}; torchrun --nproc_per_node=gpu'
+                f'process {rank} has no GPU, this machine has {gpus}: torchrun --nproc_per_node=gpu'
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(rank)
         torch.backends.cudnn.benchmark = True  # pays off: batches have few shapes
-        return torch.device('cuda', local_rank)
+        return torch.device('cuda', rank)
     mps = name == 'mps' or name == 'auto' and torch.backends.mps.is_available()
     return torch.device('mps' if mps else 'cpu')
 
@@ -58,44 +53,14 @@ def available_cpus():
 
 
 def check_compiler(device):
-    """Check that torch.compile can work on the device. Raises UsageError with the remedy if not."""
+    """Compile a sum on the device. Raises UsageError with the compiler's reason if that fails."""
     try:
-        torch.compile(lambda x: x)
-    except RuntimeError as error:  # a Python that is too new for this torch, for one
-        raise UsageError(f'--compile: {error}; leave --compile out') from error
-    if device.type == 'cuda':
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            raise UsageError(
-                f'--compile: {describe_device(device)} is too old for triton, which '
-                'needs compute capability 7.0; leave --compile out'
-            )
-        if not importlib.util.find_spec('triton'):
-            raise UsageError('--compile: pip install triton, or leave --compile out')
-    if os.name == 'nt':  # another compiler, with other flags
-        return
-    # on a GPU triton chooses a C compiler, on a CPU torch a C++ compiler
-    compiler = (
-        os.environ.get('CC') or shutil.which('gcc') or 'clang'
-        if device.type == 'cuda'
-        else os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')
-    )
-    headers = sysconfig.get_path('include', 'posix_prefix')
-    try:
-        subprocess.run(
-            [*shlex.split(compiler), '-fsyntax-only', '-xc', '-I', headers, '-'],
-            input=b'#include <Python.h>',
-            capture_output=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        missing = (
-            f'no C compiler ({compiler})'
-            if isinstance(error, OSError)
-            else f'{compiler} finds no Python.h in {headers}'
-        )
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of triton, of a C compiler, of a Python too new for this torch
+        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f'--compile: {missing}; sudo apt-get install -y build-essential '
-            'python3-dev, or leave --compile out'
+            f'--compile: {reason}; sudo apt-get install -y build-essential python3-dev may help, '
+            'or leave --compile out'
         ) from error
 
 

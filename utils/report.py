@@ -28,38 +28,36 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
-def print_start(device, recipe, data, run_folder, progress):
-    """Print machine and photos, sizes of training, where the run begins, and the table's header."""
-    if run_folder:
-        training = len(data.train_loader.indices)
-        validation = len(data.val_loader.indices) if data.val_loader else 0
+def print_start(device, recipe, sides, size, path, progress):
+    """Print machine and photos, sizes of training, where the run begins, and the table's header.
+
+    `sides` are the photos to train on and to validate on, of `size` pixels; `path` is the folder.
+    """
+    training, validation = map(len, sides)
+    print0(
+        f'{describe_device(device)}, {recipe.precision.name}: {training} photos to train on, '
+        f'{validation} held out; logging in {path}'
+    )
+    if recipe.is_small(1, size):
         print0(
-            f'{describe_device(device)}, {recipe.precision.name}: {training} photos to train on, '
-            f'{validation} held out; logging in {run_folder.path}'
+            f'the first {100 * recipe.small_steps:g} % of the steps see {size // 2}×{size // 2} '
+            f'pixels, the others {size}×{size}, which takes longer'
         )
-        size = data.samples[0].shape[-1]
-        if recipe.is_small(1, size):
-            print0(
-                f'the first {100 * recipe.small_steps:g} % of the steps see {size // 2}×'
-                f'{size // 2} pixels, the others {size}×{size}, which takes longer'
-            )
-        if progress.epoch or progress.step:
-            print0(f'going on in epoch {progress.epoch + 1} after step {progress.step}')
-        print0(HEADER)
+    if progress.epoch or progress.step:
+        print0(f'going on in epoch {progress.epoch + 1} after step {progress.step}')
+    print0(HEADER)
 
 
-def print_skipped(folder, run_folder):
-    """Print which photos of a PhotoFolder are left out, and why; on rank 0, list them in a file.
+def print_skipped(photos, path):
+    """Print which of the Photos are left out, and why, and list them in the file `path`.
 
     Gray photos, of which there can be hundreds, may share a line.
     """
-    if not run_folder:
-        return
-    skipped, names, path = folder.skipped, folder.names, run_folder.skipped
-    lines = {index: f'{names[index]!r}: {skipped[index]}' for index in sorted(skipped)}
-    gray = [index for index in lines if skipped[index] == 'gray']
+    reasons = dict(sorted(photos.skipped.items()))
+    lines = {index: f'{photos.names[index]!r}: {reason}' for index, reason in reasons.items()}
+    gray = [index for index, reason in reasons.items() if reason == 'gray']
     for index, line in lines.items():
-        if skipped[index] != 'gray' or len(gray) <= NAMED:
+        if reasons[index] != 'gray' or len(gray) <= NAMED:
             print0(f'skipped {line}', file=sys.stderr)
     if len(gray) > NAMED:
         print0(
@@ -69,7 +67,7 @@ def print_skipped(folder, run_folder):
     if lines:
         with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
             path.write_text('\n'.join(lines.values()) + '\n', 'utf-8', 'surrogateescape')
-        print0(f'{len(lines)} of {len(names)} photos are left out')
+        print0(f'{len(lines)} of {len(photos.names)} photos are left out')
 
 
 def verdict(gain):
@@ -87,39 +85,32 @@ def verdict(gain):
     return f'It colorizes: {gain:.1f} dB better than the gray copy.'
 
 
-def print_stopped(progress, name, is_kept):
-    """Print where a run was stopped, and the command that goes on with it."""
-    words, is_name = ['python'], False
-    for word in sys.argv:
-        if not is_name and word != '--resume' and not word.startswith('--name'):
-            words.append(word)
-        is_name = word == '--name'
-    command = shlex.join([*words, '--name', name, '--resume'])
+def print_stopped(progress, command):
+    """Print where a run was stopped, and the command that goes on with it, '' for a dry run."""
     print0(
         f'stopped in epoch {progress.epoch + 1} after step {progress.step}; '
-        + (f'to go on: {command}' if is_kept else 'nothing of a dry run is kept')
+        + (f'to go on: {command}' if command else 'nothing of a dry run is kept')
     )
 
 
-def print_end(run_folder, progress, data, photos):
+def print_end(folder, progress, shown, photos):
     """Print where the weights are, how good they are, and the commands to use them.
 
-    The samples of `data` show what the network makes of them; it is None if the run was finished
-    before. `photos` is what to colorize after that, if that is known.
+    `folder` is the RunFolder; `shown` are paths of photos that show what the network makes of them,
+    none if the run was finished before; `photos` is what to colorize after that.
     """
-    if not run_folder.weights.exists():
-        print0(
-            f'this run is finished, and {run_folder.weights} was removed; '
-            'more --epochs make new weights'
-        )
+    if not shown:
+        print0(f'{folder.path} has its {progress.epoch} epochs; more --epochs make it go on')
+    if not folder.weights.exists():
+        print0(f'{folder.weights} was removed; more --epochs make new weights')
         return
-    weights = run_folder.latest if run_folder.is_latest() else run_folder.weights
-    print0(f'{weights}: epoch {progress.best_epoch} of {run_folder.path}')
+    weights = folder.latest if folder.is_latest() else folder.weights
+    print0(f'{weights}: epoch {progress.best_epoch} of {folder.path}')
     if progress.best_gain:  # else nothing is held out to tell
         print0(verdict(progress.best_gain))
-    option = [] if weights == run_folder.latest else ['--weights', str(weights)]
+    option = [] if weights == folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
-    if data:
-        words = [*data.sample_paths[::4], *option, '--compare', '--output', 'compared']
+    if shown:
+        words = [*shown[::4], *option, '--compare', '--output', 'compared']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
-    print0(f'    {shlex.join(["python", "predict.py", photos or "YOUR_PHOTOS", *option])}')
+    print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')

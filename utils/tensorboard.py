@@ -33,21 +33,22 @@ def harmless():
 
 
 class Page:
-    """The page of one run. `samples` are the (x, y) of the photos that it shows in every epoch.
+    """The page of one run, in the folder `path`: its curves, and the same photos at every epoch.
 
-    What a killed run logged of `first_epoch` (from 1) and later is taken back.
+    `samples` are these photos' (x, y), `names` what they are called in the tab Projector. What a
+    killed run logged of `first_epoch` (from 1) and later is taken back.
     """
 
-    def __init__(self, folder, samples, first_epoch):
-        self.writer, (self.x, self.y) = None, samples
+    def __init__(self, path, samples, names, first_epoch):
+        self.writer, (self.x, self.y), self.names = None, samples, names
+        self.fixed = {}  # grids that never change, encoded
         silence_writer_thread()
         with harmless():
-            self.writer = SummaryWriter(folder, purge_step=first_epoch)
-        self.fixed = {}  # grids that never change, encoded
+            self.writer = SummaryWriter(path, purge_step=first_epoch)
 
-    def log_start(self, net, settings, is_new):
-        """Log the graph of `net`, and the settings as hyperparameters, if the run is new."""
-        if not is_new or not self.writer:
+    def log_start(self, net, settings):
+        """Log the graph of `net`, and the settings of a new run as hyperparameters."""
+        if not self.writer:
             return
         with harmless(), warnings.catch_warnings():
             # tracing warns of itself, and of the network's check of its input's size
@@ -84,21 +85,15 @@ class Page:
                 )
             self.writer.flush()
 
-    def log_features(self, net, names, epoch):
-        """Show the sample photos in the tab Projector, placed by the network's features."""
+    def close(self, net, epoch):
+        """Place the photos by the network's features, for the tab Projector, and end the page."""
         if not self.writer:
             return
         with harmless(), torch.no_grad():
             features = net.get_features(self.x).float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
-            self.writer.add_embedding(
-                features, metadata=names, label_img=thumbnails, global_step=epoch, tag='features'
-            )
-
-    def close(self):
-        if self.writer:
-            with harmless():
-                self.writer.close()
+            self.writer.add_embedding(features, self.names, thumbnails, epoch, 'features')
+            self.writer.close()
 
 
 def describe_settings(settings):
@@ -107,10 +102,10 @@ def describe_settings(settings):
     It shows the first five in the order of the alphabet: those that one changes most. Numbers, it
     would show as 32.000.
     """
-    names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'small_steps', 'val_fraction'
+    names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'val_fraction'
     words = {name: str(settings[name]) for name in names}
     words['epochs × batch_size'] = f'{settings["epochs"]} × {settings["batch_size"]}'
-    words['trained on'] = settings['photos']
+    words['trained on'] = settings['data_path']
     return words
 
 
