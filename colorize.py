@@ -22,13 +22,14 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from data_utils import batches, fingerprint, gray_and_color, read_photos, shrink, split, spread
+from data_utils import batches, fingerprint, gray_and_color, read_photos, shrink, split
 from demo_landscapes import draw_landscapes
 from unet import UNet
 from utils import cli, color, distributed, report
@@ -46,6 +47,10 @@ FIXED = 'batch_size image_size seed val_fraction colorfulness_weight demo'.split
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
 WHOLE_EPOCHS = 15  # that see whole photos: after these, a network begins to know them by heart
+NOT_FINITE = (
+    'weights and checkpoint of the epochs before are kept: --resume, or begin again, with a '
+    'smaller --lr or --precision fp32'
+)
 
 
 def parse_args(argv):
@@ -147,8 +152,8 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         if signum:
             break
         step = progress.epoch * recipe.steps_per_epoch + progress.step
-        if recipe.lr:
-            set_lr(optimizer, recipe.get_lr(step))
+        for group in optimizer.param_groups if recipe.lr else ():
+            group['lr'] = recipe.get_lr(step)
         if recipe.is_small(step, x.shape[-1]):
             x, y = shrink(x, y, step, of_parts=progress.epoch >= WHOLE_EPOCHS)
         progress.step += 1
@@ -190,12 +195,6 @@ def train_step(model, optimizer, x, y, batch_size, recipe):
     return loss.detach()
 
 
-def set_lr(optimizer, lr):
-    """Give the optimizer a learning rate."""
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-
-
 def sync_losses(losses, progress):
     """Add up and forget the losses (step, tensor): only here the host waits for the device.
 
@@ -212,10 +211,9 @@ def sync_losses(losses, progress):
 
 def progress_bar(loader, progress, recipe):
     """Show the steps and the time left of an epoch, on rank 0's terminal; nothing in a log file."""
-    options = dict(total=recipe.steps_per_epoch or None, initial=progress.step, unit='step')
-    return tqdm(
-        loader, f'epoch {progress.epoch + 1}', leave=False, disable=distributed.no_bar, **options
-    )
+    total, initial = recipe.steps_per_epoch or None, progress.step
+    options = dict(unit='step', leave=False, disable=distributed.no_bar)
+    return tqdm(loader, f'epoch {progress.epoch + 1}', total, initial=initial, **options)
 
 
 @torch.no_grad()
@@ -247,62 +245,52 @@ def run(args, home, stop):
     device = choose_device(args.device)
     precision = Precision(args.precision, device)
     distributed.init(device)
-    names, sides = find_photos(args)
+    names = find_photos(args)
     state = new_state(args, names, device, precision)
-    folder = None  # but on rank 0
+    folder, page = None, None  # only rank 0 has them
     if distributed.rank == 0:
         folder = RunFolder(home, args.name, 'demo' if args.demo else 'UNet', args.resume)
     if args.resume:
         state.load(folder and folder.checkpoint)
     if state.progress.epoch >= args.epochs:
-        return report_end(args, folder, state.progress, [])
-    if args.dry_run:
-        names = [names[index] for side in sides for index in side[:8]]
-        sides = split(names, args.val_fraction)
-    photos = read_photos(args.data_path, names, args.image_size, device)
-    sides = [photos.usable(side) for side in sides]
-    steps_per_epoch = math.ceil(len(sides[0]) / args.batch_size)
-    small_steps = 0.0 if args.demo else SMALL_STEPS
-    weight = args.colorfulness_weight
-    recipe = Recipe(precision, weight, args.lr, small_steps, steps_per_epoch, args.epochs)
-    shown = spread(sides[1] or sides[0], 16)
-    page = None
+        return end(args, folder, state.progress, [])
+    photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
+    recipe = new_recipe(args, photos, precision)
     if folder:
         report.print_skipped(photos, folder.skipped)
-        report.print_start(device, recipe, sides, args.image_size, folder.path, state.progress)
-        page = open_page(args, folder, photos, shown, device, state)
+        report.print_start(device, recipe, photos, folder.path, state.progress)
+        page = open_page(args, folder, photos, state)
     if args.compile:
         check_compiler(device)
         state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
     try:
         with stop:
-            fit(args, state, recipe, photos, sides, folder, page, stop)
+            fit(args, state, recipe, photos, folder, page, stop)
     except Stopped:
         if folder:
             state.save(folder.checkpoint)
-            report.print_stopped(
-                state.progress, '' if args.dry_run else resume_command(args, folder)
-            )
-        return 128 + (stop.signum or signal.SIGTERM)
+            command = '' if args.dry_run else resume_command(args, folder)
+            report.print_stopped(state.progress, command)
+        return 128 + (stop.signum or signal.SIGTERM)  # another rank may have had the signal
     except FloatingPointError as error:
-        raise FloatingPointError(f'{error}; {describe_kept(state.progress)}') from error
+        raise FloatingPointError(f'{error}; {NOT_FINITE}') from error
     if page:
         page.close(state.net, state.progress.epoch)
-    return report_end(args, folder, state.progress, [photos.path(index) for index in shown])
+    return end(
+        args, folder, state.progress, [photos.get_path(index) for index in photos.get_shown()[::4]]
+    )
 
 
-def fit(args, state, recipe, photos, sides, folder, page, stop):
-    """Run epoch after epoch: train, validate, save, show. Only rank 0 has a `folder` and a `page`.
-
-    `sides` are the indices of the photos to train on, and of those to validate on. Raises Stopped.
-    """
+def fit(args, state, recipe, photos, folder, page, stop):
+    """Run epoch after epoch: train, validate, save, show. Raises Stopped."""
     net, optimizer, progress = state.net, state.optimizer, state.progress
     model = DistributedDataParallel(net) if distributed.world_size > 1 else net
     device = next(net.parameters()).device
+    make_batches = partial(batches, photos, batch_size=args.batch_size, device=device)
     for epoch in range(progress.epoch, args.epochs):
+        seen = dict(seed=args.seed, epoch=epoch, first_step=progress.step)
+        loader = make_batches(photos.training, **seen)
         start, before = time.perf_counter(), progress.photos
-        place = args.seed, epoch, progress.step
-        loader = batches(photos, sides[0], args.batch_size, device, *place)
         loss = train_epoch(model, optimizer, loader, progress, recipe, stop)
         metrics = {
             'training loss': loss,
@@ -310,9 +298,8 @@ def fit(args, state, recipe, photos, sides, folder, page, stop):
             'photos per second': (progress.photos - before) / (time.perf_counter() - start),
         }
         objective = None
-        if sides[1]:
-            loader = batches(photos, sides[1], args.batch_size, device)
-            metrics |= evaluate(net, loader, recipe.precision, stop)
+        if photos.validation:
+            metrics |= evaluate(net, make_batches(photos.validation), recipe.precision, stop)
             objective = recipe.get_objective(metrics['validation loss'], metrics['dullness'])
         is_best = progress.update_best(objective, metrics.get(color.GAIN, 0.0))
         progress.finish_epoch()
@@ -326,27 +313,41 @@ def fit(args, state, recipe, photos, sides, folder, page, stop):
 
 
 def find_photos(args):
-    """Return the names of all photos, drawn first for the demo, and their two sides (see split)."""
+    """Return the names of the photos of a run; those of the demo are drawn first."""
     if args.demo and distributed.rank == 0:
         draw_landscapes(args.data_path)
     distributed.barrier()
     names = list_photos(args.data_path)
-    return names, split(names, args.val_fraction)
+    training, validation = split(names, args.val_fraction)
+    return [names[index] for index in training[:8] + validation[:8]] if args.dry_run else names
 
 
 def new_state(args, names, device, precision):
     """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(args.seed)
-    net = channels_last(UNet(image_size=args.image_size), device)
+    net = channels_last(UNet(args.image_size), device)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=device.type != 'mps')
     settings = {name: getattr(args, name) for name in FIXED} | dict(data_path=fingerprint(names))
     return State(net, optimizer, precision.scaler, settings)
 
 
-def open_page(args, folder, photos, shown, device, state):
-    """Return the Page of a run, which shows the photos of the indices `shown`."""
-    samples = gray_and_color(photos.pixels[shown].to(device))
+def new_recipe(args, photos, precision):
+    """Return the Recipe of a run."""
+    return Recipe(
+        precision,
+        args.colorfulness_weight,
+        args.lr,
+        small_steps=0.0 if args.demo else SMALL_STEPS,
+        steps_per_epoch=math.ceil(len(photos.training) / args.batch_size),
+        epochs=args.epochs,
+    )
+
+
+def open_page(args, folder, photos, state):
+    """Return the Page of a run; it shows the same photos at every epoch."""
+    shown = photos.get_shown()
     names = [os.path.dirname(photos.names[index]) or '.' for index in shown]
+    samples = gray_and_color(photos.pixels[shown].to(next(state.net.parameters()).device))
     page = Page(folder.path, samples, names, state.progress.epoch + 1)
     if state.progress == Progress():
         page.log_start(UNet(), vars(args) | state.settings)
@@ -363,15 +364,7 @@ def resume_command(args, folder):
     return shlex.join(words if args.resume else [*words, '--resume'])
 
 
-def describe_kept(progress):
-    """Return what is left of a run whose numbers are no longer finite, and what to do."""
-    remedy = 'a smaller --lr or --precision fp32'
-    if progress.epoch:
-        return f'the last good checkpoint is kept: --resume with {remedy}'
-    return f'begin again with {remedy}'
-
-
-def report_end(args, folder, progress, shown):
+def end(args, folder, progress, shown):
     """Print where a finished run's weights are and what comes next; return the exit code."""
     if args.dry_run:
         print0('the dry run went through everything, and kept nothing')

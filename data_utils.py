@@ -92,40 +92,35 @@ class Photos:
     """The photos of a run at one size, as one tensor.
 
     `pixels` are uint8 (N, S, S, 3), on any device; they may lie in a memory-mapped file. `names`
-    are their N paths below the folder `root`. `skipped` has, by index, why a photo is left out.
+    are their N paths below the folder `root`; `skipped` has, by index, why a photo is left out.
+    `training` and `validation` are the indices of the others.
     """
 
     root: str
     names: list
     pixels: torch.Tensor
     skipped: dict
+    training: list
+    validation: list
 
-    def path(self, index):
+    def get_path(self, index):
         """Return the path of a photo."""
         return os.path.join(self.root, self.names[index])
 
-    def usable(self, indices):
-        """Return the indices without those of photos that are left out.
-
-        Raises UsageError if there are indices, and none of them is left.
-        """
-        usable = [index for index in indices if index not in self.skipped]
-        if indices and not usable:
-            name, reason = self.names[indices[0]], self.skipped[indices[0]]
-            raise UsageError(
-                f'{len(indices)} photos of {self.root} are to train or to validate on, and none '
-                f'can be used; the first, {name!r}: {reason}'
-            )
-        return usable
+    def get_shown(self):
+        """Return the indices of up to 16 photos to look at, held-out ones if possible."""
+        shown = self.validation or self.training
+        number = min(16, len(shown))
+        return [shown[i * len(shown) // number] for i in range(number)]
 
 
-def read_photos(root, names, size, device):
+def read_photos(root, names, val_fraction, size, device):
     """Read the photos `names` below `root` once, squashed to `size`: return Photos.
 
     Left out are photos that cannot be read and, because they teach gray, gray ones. The pixels are
     on the device if half of its free memory has room for them, else in memory, else in a file. Each
     process reads its share of what its machine needs. Raises UsageError if the ranks see different
-    photos.
+    photos, or if none is left to train or to validate on.
     """
     if distributed.broadcast(names) != names:
         raise UsageError(f"{root} is not what it is on rank 0's machine; copy the same to all")
@@ -134,10 +129,8 @@ def read_photos(root, names, size, device):
     paths = [os.path.join(root, names[index]) for index in share]
     bar = dict(unit='photo', leave=False, disable=distributed.no_bar)
     with one_torch_thread(), thread_pool(available_cpus()) as pool:
-        photos = tqdm(
-            pool.map(partial(try_photo, size=size), paths), 'reading photos', len(share), **bar
-        )
-        for index, (photo, reason) in zip(share, photos, strict=True):
+        results = pool.map(partial(try_photo, size=size), paths)
+        for index, (photo, reason) in zip(tqdm(share, 'reading photos', **bar), results):  # noqa: B905
             if reason:
                 skipped[index] = reason
             else:
@@ -146,7 +139,20 @@ def read_photos(root, names, size, device):
         skipped |= others
     if device.type != 'cpu' and pixels.nbytes < free_memory(device) / 2:
         pixels = pixels.to(device)
-    return Photos(root, names, pixels, skipped)
+    sides = [leave_out(side, names, skipped) for side in split(names, val_fraction)]
+    return Photos(root, names, pixels, skipped, *sides)
+
+
+def leave_out(indices, names, skipped):
+    """Return the indices without the skipped ones. Raises UsageError if none of several is left."""
+    left = [index for index in indices if index not in skipped]
+    if indices and not left:
+        first = indices[0]
+        raise UsageError(
+            f'none of {len(indices)} photos can be used; the first, {names[first]!r}: '
+            f'{skipped[first]}'
+        )
+    return left
 
 
 def try_photo(path, size):
@@ -224,12 +230,6 @@ def fingerprint(names):
     """Return the number of photos, and a hash of their names."""
     digest = hashlib.sha256('\n'.join(names).encode('utf-8', 'surrogateescape'))
     return f'of {len(names)} photos ({digest.hexdigest()[:8]})'
-
-
-def spread(indices, number):
-    """Return `number` of the indices, or all if there are fewer, evenly spread."""
-    number = min(number, len(indices))
-    return [indices[i * len(indices) // number] for i in range(number)]
 
 
 # ---------------------------------------------------------------------------- the batches of a run

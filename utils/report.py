@@ -28,15 +28,15 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 
-def print_start(device, recipe, sides, size, path, progress):
+def print_start(device, recipe, photos, path, progress):
     """Print machine and photos, sizes of training, where the run begins, and the table's header.
 
-    `sides` are the photos to train on and to validate on, of `size` pixels; `path` is the folder.
+    `photos` are Photos; `path` is the run's folder.
     """
-    training, validation = map(len, sides)
+    size = photos.pixels.shape[1]
     print0(
-        f'{describe_device(device)}, {recipe.precision.name}: {training} photos to train on, '
-        f'{validation} held out; logging in {path}'
+        f'{describe_device(device)}, {recipe.precision.name}: {len(photos.training)} photos to '
+        f'train on, {len(photos.validation)} held out; logging in {path}'
     )
     if recipe.is_small(1, size):
         print0(
@@ -111,6 +111,6 @@ def print_end(folder, progress, shown, photos):
     option = [] if weights == folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
     if shown:
-        words = [*shown[::4], *option, '--compare', '--output', 'compared']
+        words = [*shown, *option, '--compare', '--output', 'compared']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
     print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')
