@@ -36,6 +36,7 @@ from utils import cli, color, distributed, report
 from utils.checkpoint import Progress, State, save_weights
 from utils.device import Precision, channels_last, check_compiler, choose_device, keep_memory
 from utils.distributed import all_reduce_sum, print0
+from utils.muon import Muon
 from utils.photos import list_photos
 from utils.run import RunFolder
 from utils.tensorboard import Page
@@ -326,7 +327,7 @@ def new_state(args, names, device, precision):
     """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(args.seed)
     net = channels_last(UNet(args.image_size), device)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=device.type != 'mps')
+    optimizer = Muon(net.parameters(), args.lr, fused=device.type != 'mps')
     settings = {name: getattr(args, name) for name in FIXED} | dict(data_path=fingerprint(names))
     return State(net, optimizer, precision.scaler, settings)
 

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 3  # of checkpoints; earlier ones are refused
+VERSION = 4  # of checkpoints; others are refused
 
 
 # ---------------------------------------------------------------------------- files
