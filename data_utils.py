@@ -18,7 +18,6 @@ import tempfile
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -125,16 +124,30 @@ def read_photos(root, names, val_fraction, size, device):
     if distributed.broadcast(names) != names:
         raise UsageError(f"{root} is not what it is on rank 0's machine; copy the same to all")
     pixels, skipped = allocate((len(names), size, size, 3)), {}
-    share = range(distributed.local_rank, len(names), distributed.local_world_size)
-    paths = [os.path.join(root, names[index]) for index in share]
-    bar = dict(unit='photo', leave=False, disable=distributed.no_bar)
-    with one_torch_thread(), thread_pool(available_cpus()) as pool:
-        results = pool.map(partial(try_photo, size=size), paths)
-        for index, (photo, reason) in zip(tqdm(share, 'reading photos', **bar), results):  # noqa: B905
-            if reason:
-                skipped[index] = reason
+
+    def read(indices):
+        """Read a few photos; return why some of them are left out."""
+        reasons = {}
+        for index in indices:
+            try:
+                photo = squash(load_photo(os.path.join(root, names[index]), size), size)
+            except OSError as error:
+                reasons[index] = str(error)
+                continue
+            if is_gray(photo):
+                reasons[index] = 'gray'
             else:
                 pixels[index] = photo
+        return reasons
+
+    share = range(distributed.local_rank, len(names), distributed.local_world_size)
+    parts = [share[start : start + 16] for start in range(0, len(share), 16)]
+    options = dict(unit='photo', leave=False, disable=distributed.no_bar)
+    bar = tqdm(desc='reading photos', total=len(share), **options)
+    with bar, one_torch_thread(), thread_pool(available_cpus()) as pool:
+        for part, reasons in zip(parts, pool.map(read, parts), strict=True):
+            skipped |= reasons
+            bar.update(len(part))
     for others in distributed.all_gather(skipped):
         skipped |= others
     if device.type != 'cpu' and pixels.nbytes < free_memory(device) / 2:
@@ -153,15 +166,6 @@ def leave_out(indices, names, skipped):
             f'{skipped[first]}'
         )
     return left
-
-
-def try_photo(path, size):
-    """Return (pixels, ''), or (None, reason) if the photo cannot be read, or is gray."""
-    try:
-        photo = squash(load_photo(path, size), size)
-    except OSError as error:
-        return None, str(error)
-    return (None, 'gray') if is_gray(photo) else (photo, '')
 
 
 def squash(photo, size):
