@@ -47,7 +47,9 @@ class Muon(torch.optim.Adam):
 
     def step_hidden(self, weight, state):
         """Take Muon's step of one convolution (out, in, 3, 3)."""
-        momentum = state.setdefault('momentum', torch.zeros_like(weight))
+        if not state:
+            state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
+        momentum = state['momentum']
         # in float16, GradScaler leaves to the optimizer what a fused Adam does on the device, too
         scale, overflow = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
         gradient = weight.grad if scale is None else weight.grad / scale
@@ -58,5 +60,6 @@ class Muon(torch.optim.Adam):
             averaged = torch.where(overflow > 0, momentum, averaged)
             update = torch.where(overflow > 0, 0, update)
         momentum.copy_(averaged)
+        state['step'] += 1 if overflow is None else 1 - overflow  # as Adam counts them
         size = self.scale * max(len(weight), weight[0].numel()) ** 0.5
         weight.sub_(self.param_groups[0]['lr'] * size * update)
