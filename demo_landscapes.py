@@ -6,8 +6,6 @@
 The same seed always draws the same pictures. A folder with pictures is left as it is.
 """
 
-import argparse
-import errno
 import os
 import sys
 import tempfile
@@ -16,33 +14,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from utils import cli
+from utils.stop import Stop
+
 KINDS = 'city', 'road', 'mountain', 'lake', 'ocean', 'field', 'forest'
 W, H = 320, 240  # drawn at twice the size and halved at the end: cheap smooth edges
 Y, X = np.mgrid[:H, :W].astype(np.float32)
 # the sky's top, its foot (which is also the haze), clouds, sun or moon; the light on the land
-MOODS = {
-    'day': ((0.08, 0.42, 0.90), (0.54, 0.83, 1), (1, 1, 1), (1, 0.96, 0.76), (1, 1, 1)),
-    'dusk': (
-        (0.38, 0.26, 0.48),
-        (1, 0.68, 0.40),
-        (0.98, 0.6, 0.5),
-        (1, 0.92, 0.6),
-        (0.84, 0.66, 0.56),
-    ),
-    'night': (
-        (0.02, 0.05, 0.22),
-        (0.13, 0.28, 0.54),
-        (0.14, 0.2, 0.4),
-        (1, 0.96, 0.84),
-        (0.3, 0.38, 0.5),
-    ),
-}
-LEAF, PINE, GRASS, WHEAT = (
-    (0.38, 0.62, 0.08),
-    (0.20, 0.52, 0.14),
-    (0.54, 0.74, 0.14),
-    (0.96, 0.78, 0.20),
-)
+DAY = (0.08, 0.42, 0.90), (0.54, 0.83, 1), (1, 1, 1), (1, 0.96, 0.76), (1, 1, 1)
+DUSK = (0.38, 0.26, 0.48), (1, 0.68, 0.40), (0.98, 0.6, 0.5), (1, 0.92, 0.6), (0.84, 0.66, 0.56)
+NIGHT = (0.02, 0.05, 0.22), (0.13, 0.28, 0.54), (0.14, 0.2, 0.4), (1, 0.96, 0.84), (0.3, 0.38, 0.5)
+LEAF, PINE = (0.38, 0.62, 0.08), (0.20, 0.52, 0.14)
+GRASS, WHEAT = (0.54, 0.74, 0.14), (0.96, 0.78, 0.20)
 SAND, SEA, ROCK, WHITE = (0.97, 0.84, 0.52), (0.02, 0.38, 0.70), (0.60, 0.49, 0.34), (0.95, 0.97, 1)
 WALLS = (0.72, 0.40, 0.26), (0.90, 0.74, 0.48), (0.80, 0.58, 0.36)  # brick, sandstone, terracotta
 # a tree's parts, back to front: brightness, then corners x, y from its root, in tree heights
@@ -59,7 +42,7 @@ CROWN = [
 
 
 def noise(rng, rows, cols, octaves=1):
-    """Value noise, (H, W) in about [-1, 1]: smooth random grids, each finer and fainter."""
+    """Return value noise, (H, W) in about [-1, 1]: smooth random grids, each finer and fainter."""
     total = np.zeros((H, W), np.float32)
     for scale in (1, 2, 4, 8)[:octaves]:
         grid = Image.fromarray(rng.uniform(-1, 1, (rows * scale, cols * scale)).astype('f'))
@@ -80,8 +63,9 @@ class Scene:
     """A picture in the making: it starts as a sky, and each call lays something before it."""
 
     def __init__(self, rng, horizon):
-        self.rng, mood = rng, rng.choice(list(MOODS), p=(0.88, 0.08, 0.04))
-        top, self.foot, cloud, self.sun, self.light = (self.vary(c, 0.03) for c in MOODS[mood])
+        self.rng = rng
+        mood = (DAY, DUSK, NIGHT)[rng.choice(3, p=(0.88, 0.08, 0.04))]
+        top, self.foot, cloud, self.sun, self.light = (self.vary(color, 0.03) for color in mood)
         self.sun_x = rng.uniform(0.1, 0.9) * W
         far = np.hypot(X - self.sun_x, Y - horizon * rng.uniform(0.2, 0.6))[..., None]
         sky = top + times(np.clip(Y / horizon, 0, 1), self.foot - top)
@@ -93,11 +77,12 @@ class Scene:
         self.draw = ImageDraw.Draw(self.image)
 
     def vary(self, color, amount=0.06):
+        """Return the color, a little lighter or darker and of another hue, by chance."""
         jitter = self.rng.normal(1, amount) * self.rng.normal(1, amount / 2, 3)
         return np.float32(color) * np.float32(jitter)
 
     def lit(self, color, haze=0.0):
-        """The color (..., 3) in this scene's light, behind so much haze: 0 none, 1 all."""
+        """Return the color (..., 3) in this scene's light, behind so much haze: 0 none, 1 all."""
         color = np.float32(color) * self.light
         return np.uint8(np.clip(color + (self.foot - color) * haze, 0, 1) * 255)
 
@@ -109,13 +94,13 @@ class Scene:
         self.image.paste(Image.fromarray(paint), (0, top), Image.fromarray(where[top:]))
 
     def land(self, y, height, color, haze=0.0):
-        """Rolling land from about y (pixels from the top) down; returns its edge, (W,)."""
+        """Lay rolling land from about y (pixels from the top) down; return its edge, (W,)."""
         edge = y + height * noise(self.rng, 1, 2, 3)[0]
         self.lay(Y > edge, color, noise(self.rng, 60, 40, 2) * 0.14, haze)
         return edge
 
     def peaks(self, y, height, haze):
-        """Bare ridges with snow on top, lit from the left."""
+        """Lay bare ridges with snow on top, lit from the left."""
         edge = y + sum(
             np.interp(X[0], np.linspace(0, W, n), self.rng.uniform(-1, 1, n))
             * height
@@ -130,7 +115,7 @@ class Scene:
         self.lay(snow, WHITE, facets * 0.4, haze * 0.5)
 
     def trees(self, line, count, size, pine, haze=0.0, spread=4):
-        """Cones or round crowns rooted at the line (W,) or up to spread pixels below it."""
+        """Draw cones or round crowns, rooted at the line (W,) or up to spread pixels below it."""
         shapes, draw = (CONE, self.draw.polygon) if pine else (CROWN, self.draw.ellipse)
         bark = tuple(self.lit((0.3, 0.2, 0.1), haze))
         for y, x in sorted(
@@ -143,7 +128,7 @@ class Scene:
                 draw([o + s * d for o, d in zip((x, y) * 3, xy, strict=False)], tuple(ink))
 
     def water(self, y, mirror):
-        """Rippled water from y down, which mirrors (0 to 1) what lies above it."""
+        """Lay rippled water from y down, which mirrors (0 to 1) what lies above it."""
         near = np.clip((Y - y) / (H - y), 0, 1)
         ripple = np.sin(88 * np.sqrt(near) + 5 * noise(self.rng, 24, 5, 2)) * (0.3 + near)
         above = np.clip(2 * y - Y + ripple * 3, 0, y - 1).astype(int)
@@ -156,7 +141,7 @@ class Scene:
         )
 
     def houses(self, foot, tall, haze):
-        """A row of houses with window grids, standing on foot (pixels from the top)."""
+        """Draw a row of houses with window grids, standing on foot (pixels from the top)."""
         lamps = (255, 224, 120) if self.light.mean() < 0.75 else self.lit((0.34, 0.34, 0.40), haze)
         for x in self.rng.permutation(np.linspace(-10, W - 20, 12)):
             wide, roof = self.rng.integers(24, 44), foot - tall * self.rng.uniform(0.5, 1.2)
@@ -171,9 +156,9 @@ class Scene:
 
 
 def draw_landscape(kind, rng):
-    """One picture of the kind, 160x120 RGB, drawn by chance from a numpy.random.Generator.
+    """Return a picture of the kind, 160x120 RGB, drawn by chance from a numpy.random.Generator.
 
-    Raises ValueError where the kind is not one of KINDS.
+    Raises ValueError if the kind is not one of KINDS.
     """
     y, pine = H * rng.uniform(0.42, 0.6), rng.random() < 0.5
     scene, flat, near = Scene(rng, y), np.full(W, y), np.clip((Y - y) / (H - y), 0, 1)
@@ -231,20 +216,18 @@ def is_empty(folder):
 
 
 def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
-    """Draw per_kind (>= 1) pictures of each kind into folder/kind/kind_001.jpg and so on.
+    """Draw per_kind pictures of each kind into folder/kind/kind_001.jpg and so on.
 
     A folder that has files is left as it is. The pictures appear all at once: whether the drawing
     is interrupted, or drawn twice at the same time, there is never a part of them in the folder.
 
-    Returns the number of pictures in the folder. Raises ValueError where per_kind is less than 1,
-    OSError where the folder cannot be written.
+    Returns the number of pictures in the folder. Raises OSError if it cannot be written, and
+    UsageError if it is empty and the working directory.
     """
-    folder = Path(os.path.realpath(folder))  # a link stays a link: its target is filled
-    if per_kind < 1:
-        raise ValueError(f'per_kind must be at least 1, not {per_kind}')
+    folder = Path(folder).resolve()  # a link stays a link: its target is filled
     if is_empty(folder):
-        if folder == Path(os.path.realpath('.')):  # replaced, it would be gone for the shell
-            raise OSError(errno.EBUSY, 'this is the working directory; name a folder in it', folder)
+        if folder == Path.cwd():  # replaced, it would be gone for the shell
+            raise cli.UsageError('this is the working directory: name a folder in it')
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.tmp', dir=folder.parent) as tmp:
             whole = Path(tmp, 'whole')
@@ -262,64 +245,30 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
     return len(list(folder.rglob('*.jpg')))
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
-    parser.add_argument(
-        'folder', nargs='?', default='data/demo', help='where the pictures go (default: data/demo)'
-    )
-    parser.add_argument(
-        '--per_kind',
-        type=int,
-        default=40,
-        help=f'pictures of each of the {len(KINDS)} kinds (default: 40)',
-    )
-    parser.add_argument(
-        '--seed', type=int, default=0, help='another seed draws other pictures (default: 0)'
-    )
-    args = parser.parse_args(argv)
-    if args.per_kind < 1:
-        parser.error(f'--per_kind must be at least 1, not {args.per_kind}')
-    if args.seed < 0:
-        parser.error(f'--seed must be 0 or above, not {args.seed}')
-    if not args.folder:
-        parser.error('the folder has no name')
-    return args
-
-
 def main(argv=None):
     """Run the command line; return its exit code."""
-    if sys.stdout:
-        sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be printable
-    args = parse_args(argv)
+    cli.print_any_name()
+    parser = cli.ArgumentParser('demo_landscapes.py', __doc__)
+    parser.add_argument('folder', nargs='?', default='data/demo', help='where the pictures go')
+    parser.add_argument(
+        '--per_kind',
+        type=cli.positive_int,
+        default=40,
+        help=f'pictures of each of the {len(KINDS)} kinds',
+    )
+    parser.add_argument(
+        '--seed', type=cli.nonnegative_int, default=0, help='another seed draws other pictures'
+    )
+    args = parser.parse_args(argv)
+    Stop()  # a signal now removes the temporary folder
     try:
-        was_empty = is_empty(Path(args.folder))
+        already = '' if is_empty(Path(args.folder)) else 'already '
         number = draw_landscapes(args.folder, args.per_kind, args.seed)
-    except OSError as error:
-        print(
-            f'demo_landscapes.py: {error.filename or args.folder}: {error.strerror or error}',
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if not number:
-        print(
-            f'demo_landscapes.py: {args.folder} has no pictures, and is no empty folder: '
-            'name another one',
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        print(f'{number:,} pictures {"" if was_empty else "already "}in {args.folder}', flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
-        print(f'demo_landscapes.py: standard output: {error.strerror}', file=sys.stderr)
-        return 1
+        if not number:
+            raise cli.UsageError(f'{args.folder} has no pictures and is not empty: name another')
+        print(f'{number:,} pictures {already}in {args.folder}')
+    except (OSError, cli.UsageError) as error:
+        return cli.exit_code(error, 'demo_landscapes.py')
     return 0
 
 
