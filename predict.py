@@ -5,129 +5,60 @@
     python predict.py album/ --output album_colorized     # a folder, with the folders in it
     python predict.py album/ --saturation 1.3 --compare   # livelier colors, beside the gray
 
-The photos themselves are never changed.
+The photos themselves are never changed. A result that exists is kept, unless --overwrite is given.
 """
 
-import signal
+from utils.stop import Stop, end_quietly
 
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+if __name__ == '__main__':
+    end_quietly()  # Ctrl-C during the imports below needs no traceback
 
-import contextlib
 import io
 import os
 import sys
 import time
+import uuid
 import warnings
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
+from PIL.ExifTags import TAGS
+from tqdm import tqdm
 
 from unet import UNet
 from utils import cli
 from utils.checkpoint import load_weights
 from utils.cli import UsageError
 from utils.color import is_gray, luminance, merge_luminance
-from utils.device import Precision, available_cpus, choose_device, free_memory
-from utils.parallel import Memory, Stopped, run_in_threads, stop_signals
-from utils.photos import (
-    BYTES_PER_PIXEL,
-    list_photos,
-    open_photo,
-    to_pixels,
-    to_rgb,
-    turn_upright,
-)
-from utils.results import Results
+from utils.device import Precision, available_cpus, choose_device
+from utils.photos import MOST_PIXELS, list_photos, open_photo, to_pixels, to_rgb, turn_upright
 
-# what the network sees where the weights do not tell the size of their training: the course's
-DEFAULT_SIZE = 224
-# a little less quality costs more than a gray level; libtiff, which compresses, fails at much EXIF
-FORMATS = dict(
-    AVIF=dict(quality=95),
-    BMP={},
-    JPEG=dict(quality=98),
-    JPEG2000={},
-    PNG={},
-    PPM={},
-    TIFF=dict(compression='raw'),
-    WEBP=dict(quality=100),
-)  # all others become PNG
-NETWORK_BYTES = 1100  # of memory for each pixel that the network sees
+DEFAULT_SIZE = 224  # of what the network sees, where the weights do not tell: the course's
+FORMATS = 'AVIF', 'BMP', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'  # all others become PNG
+QUALITY = dict(AVIF=95, WEBP=100)  # JPEG has 98; a little less costs more than a gray level
 OPAQUE = 'BMP', 'JPEG', 'PPM'
-# where frames are an animation or pages: elsewhere they are previews, layers or sizes
-FRAMED = 'AVIF', 'GIF', 'PNG', 'TIFF', 'WEBP'
-MOST_PAGES = 100  # of a TIFF are counted: Pillow takes minutes for tens of thousands
-# not about the photo but about the pixels as they were stored (nearly all in TIFF), or a copy of
-# them; the same for the thumbnail, which Pillow leaves out by itself
-STORAGE_TAGS = {
-    *range(254, 269),
-    *range(273, 282),
-    284,
-    *range(288, 294),
-    301,
-    *range(317, 348),
-    *range(512, 533),
-    700,
-    33723,
-    34377,
-    34675,
-    37724,
-}
-
-
-# ---------------------------------------------------------------------------- arguments
+# the others may tell how the photo's own pixels were stored
+EXIF_TAGS = """Make Model Software DateTime Artist Copyright ImageDescription ExifOffset GPSInfo
+    XResolution YResolution ResolutionUnit""".split()
+DONE, EXISTS, LEFT = 'done', 'exists', 'left'  # what became of a photo
 
 
 def parse_args(argv):
     parser = cli.ArgumentParser(prog='predict.py', description=__doc__)
     add = parser.add_argument
-    add(
-        'photos',
-        nargs='*',
-        help='photos, and folders of photos (of several, each goes to a folder of its own name)',
-    )
-    add('--weights', default='unet.pth', help='what colorize.py saved [%(default)s]')
-    add(
-        '--output',
-        type=Path,
-        default='colorized',
-        help='the folder for the results, which have '
-        'the names of the photos; or, for one photo, the name of the result [%(default)s]',
-    )
-    add(
-        '--size',
-        type=cli.image_size,
-        help='the shorter side of what the network sees, in '
-        f'pixels [that of the training, or {DEFAULT_SIZE} where the weights do not tell]',
-    )
-    add(
-        '--saturation',
-        type=cli.factor,
-        default=1.0,
-        help='times the predicted color: 0 is gray, 1 to 1.5 is sensible, above 2 is garish '
-        '[%(default)s]',
-    )
-    add(
-        '--compare',
-        action='store_true',
-        help='results show side by side the gray photo, the '
-        'colorized one, and the original if that has color',
-    )
-    parser.add_num_workers(available_cpus(), 'threads, each with a photo of its own')
+    add('photos', nargs='+', help='photos, and folders of photos')
+    add('--weights', default='unet.pth', help='what colorize.py saved')
+    add('--output', type=Path, default='colorized', help="the results' folder, or one's own name")
+    parser.add_flag('--overwrite', 'replace results that exist')
+    add('--size', type=cli.image_size, help="what the network sees: shorter side [the training's]")
+    add('--saturation', type=cli.factor, default=1.0, help='times the color that is predicted')
+    parser.add_flag('--compare', 'show gray, colorized and, where it has color, original in a row')
     parser.add_device()
-    # what follows '--' are photos, which parse_intermixed_args does not know
-    end = argv.index('--') if '--' in argv else len(argv)
-    args = parser.parse_intermixed_args(argv[:end])
-    args.photos += argv[end + 1 :]
-    if not args.photos:
-        parser.error('name a photo, or a folder of photos')
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 # ---------------------------------------------------------------------------- one photo
@@ -182,13 +113,13 @@ def apply_chroma(gray, chroma, saturation=1.0):
     return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
 
 
-def colorize_anyway(net, photo, size, saturation):
+def colorize_anyway(net, size, saturation, photo):
     """As colorize, on the CPU where the device has not the memory for it."""
+    device = next(net.parameters()).device
     try:
         return colorize(net, photo, size, saturation)
-    except RuntimeError as error:  # each kind of device has its own
-        device = next(net.parameters()).device
-        if device.type == 'cpu' or 'out of memory' not in str(error):
+    except RuntimeError as error:
+        if device.type == 'cpu' or not cli.is_out_of_memory(error):
             raise
     if device.type == 'cuda':
         torch.cuda.empty_cache()
@@ -200,11 +131,16 @@ def colorize_anyway(net, photo, size, saturation):
 # ---------------------------------------------------------------------------- one file
 
 
+def format_of(path):
+    """Return the name of the format that a path's suffix stands for, as Pillow has it, or None."""
+    return Image.registered_extensions().get(path.suffix.lower())
+
+
 def read_exif(photo):
-    """Return the EXIF of an upright photo that still applies to its result, as bytes."""
+    """Return what an open upright photo's EXIF tells of it and its camera, as bytes."""
     try:
         exif = photo.getexif()
-        for tag in STORAGE_TAGS.intersection(exif):
+        for tag in [tag for tag in exif if TAGS.get(tag) not in EXIF_TAGS]:
             del exif[tag]
         return exif.tobytes() if len(exif) else b''
     except Exception:  # a damaged EXIF costs the EXIF, not the photo
@@ -220,11 +156,9 @@ def draw_result(photo, format, colorize, compare=False):
     parts = [colorize(photo)]
     if compare:
         original = to_rgb(photo)
-        gray = original.convert('L').convert('RGB')
-        if is_gray(to_pixels(original)):
-            parts = [gray, *parts]
-        else:
-            parts = [gray, *parts, original]
+        parts.insert(0, original.convert('L').convert('RGB'))
+        if not is_gray(to_pixels(original)):
+            parts.append(original)
     if alpha:
         for part in parts:
             part.putalpha(alpha)
@@ -251,216 +185,152 @@ def side_by_side(parts):
 
 def encode(result, photo, format, exif):
     """Return the content of a file of the result, with what of the photo still applies to it."""
-    options, profile = dict(FORMATS[format]), photo.info.get('icc_profile')
-    if exif:
-        options['exif'] = exif
-    if profile and profile[16:20] == b'RGB ':
-        options['icc_profile'] = profile
+    profile = photo.info.get('icc_profile')
+    if profile and profile[16:20] != b'RGB ':
+        profile = None
     result.info, content = {}, io.BytesIO()  # Image.merge keeps the photo's, where not all applies
-    result.save(content, format, **options)
+    result.save(content, format, exif=exif, icc_profile=profile, quality=QUALITY.get(format, 98))
     return content.getbuffer()
 
 
-@dataclass
-class Job:
-    """A photo to colorize, and what became of it."""
-
-    path: str
-    target: Path = None  # the result
-    format: str = None  # of the result; None for that of the photo
-    is_done: bool = False
-    note: str = ''  # what is to be said of it, in a line
-
-
-def run_job(job, draw, estimate, results, memory):
-    """Colorize a file, and note in the job what became of it.
-
-    `draw(photo, format)` returns the result, `estimate(photo)` the bytes of memory that takes.
-    """
+def write(path, content, overwrite):
+    """Write a file whole or not at all. Return DONE, or EXISTS if there is one that is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
     try:
-        with open_photo(job.path) as photo:
-            size, frames = estimate(photo), describe_frames(photo)
-        with memory.reserve(size):
-            colorize_file(job, draw, results)
-        job.is_done = True
-        if frames:
-            job.note = f'the result is the first of {frames}'
+        temporary.write_bytes(content)
+        if not overwrite:
+            try:
+                os.link(temporary, path)  # of two programs, only one can
+                return DONE
+            except FileExistsError:
+                return EXISTS
+            except OSError:  # there are no hard links on this disk
+                pass
+        os.replace(temporary, path)
+        return DONE
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def colorize_file(path, result, net, args):
+    """Colorize the photo `path`; return DONE, EXISTS, or in a line why it cannot be done."""
+    if os.path.lexists(result) and not args.overwrite:
+        return EXISTS
+    format, draw = format_of(result), partial(colorize_anyway, net, args.size, args.saturation)
+    try:
+        with open_photo(path) as photo:
+            turn_upright(photo)
+            exif = read_exif(photo)
+        picture = draw_result(photo, format, draw, args.compare)
+        return write(result, encode(picture, photo, format, exif), args.overwrite)
     except Exception as error:  # decoders, encoders and devices raise nearly anything
-        why = getattr(error, 'strerror', None) or str(error) or repr(error)
-        job.note = why.splitlines()[0]
+        return (str(error) or repr(error)).splitlines()[0]
 
 
-def colorize_file(job, draw, results):
-    """Colorize the file job.path. Raises nearly anything."""
-    with open_photo(job.path) as photo:
-        turn_upright(photo)
-        exif = read_exif(photo)
-    format, target = job.format, job.target
-    if not format:
-        format, target = choose_format(photo, target)
-    results.check(job.path, target)
-    results.write(job.path, target, encode(draw(photo, format), photo, format, exif))
+# ---------------------------------------------------------------------------- many files
 
 
-def choose_format(photo, target):
-    """Return the format and path of a result: the photo's own where that format can be written."""
-    format = 'JPEG' if photo.format == 'MPO' else photo.format
-    return (format, target) if format in FORMATS else ('PNG', target.with_suffix('.png'))
+def find_results(paths, output):
+    """Return {result: photo}, and [(photo, why it has no result)] for the rest.
 
-
-def describe_frames(photo):
-    """Return how many frames an open animation has, or pages, as text; '' for all other photos."""
-    with contextlib.suppress(Exception):  # damaged ones are the decoder's business
-        if photo.format == 'TIFF':
-            frames = sum(1 for _ in islice(ImageSequence.Iterator(photo), MOST_PAGES + 1))
-            if frames > MOST_PAGES:
-                return f'more than {MOST_PAGES} frames'
-        else:
-            frames = getattr(photo, 'n_frames', 1) if photo.format in FRAMED else 1
-        if frames > 1:
-            return f'{frames} frames'
-    return ''
-
-
-def estimate_memory(photo, net, size):
-    """Return the bytes of memory that colorizing an open photo takes at its peak."""
-    width, height = seen_size(net, photo.size, size)
-    on_cpu = next(net.parameters()).device.type == 'cpu'
-    return BYTES_PER_PIXEL * photo.width * photo.height + on_cpu * NETWORK_BYTES * width * height
-
-
-# ---------------------------------------------------------------------------- the files
+    `output` is the folder of the results, or for one photo the result. Raises UsageError.
+    """
+    if format_of(output) and not output.is_dir():
+        if format_of(output) not in FORMATS or len(paths) > 1 or os.path.isdir(paths[0]):
+            raise UsageError(f'--output {output}: name a folder, or for one photo a .jpg or .png')
+        pairs = [(paths[0], output)]
+    else:
+        pairs = find_photos(paths, output)
+    photos, results, refused = {real(photo) for photo, _ in pairs}, {}, []
+    for photo, result in pairs:
+        if real(result) in photos:
+            refused.append((photo, f'{result} is one of the photos; give another --output'))
+        elif results.setdefault(result, photo) != photo:
+            refused.append((photo, f'{result} is the result of {results[result]!r}'))
+    return results, refused
 
 
 def find_photos(paths, output):
-    """Return Jobs for all photos in files and folders, and for what cannot be taken, with a note.
+    """Return (photo, result) for all photos in files and folders. Raises UsageError.
 
-    The former have their targets in the folder `output`.
+    Results in `output`, which may lie in such a folder, are no photos. Of several folders, each
+    has its results in a folder of its own name.
     """
-    jobs, refused = [], []
+    pairs, inside = [], real(output) + os.sep
     for path in paths:
-        try:
-            if os.path.isdir(path):
-                home = os.path.basename(os.path.abspath(path)) if len(paths) > 1 else ''
-                jobs += [
-                    Job(os.path.join(path, name), output / home / name)
-                    for name in list_photos_outside(output, path)
-                ]
-            elif os.path.exists(path):
-                jobs.append(Job(path, output / os.path.basename(path)))
-            else:
-                refused.append(Job(path, note='no such file or folder'))
-        except UsageError as error:
-            refused.append(Job(path, note=str(error)))
-    return jobs, refused
+        if not os.path.isdir(path):
+            pairs.append((path, result_path(output / os.path.basename(path))))
+            continue
+        home = os.path.basename(os.path.abspath(path)) if len(paths) > 1 else ''
+        for name in list_photos(path):
+            photo = os.path.join(path, name)
+            if not real(photo).startswith(inside):
+                pairs.append((photo, result_path(output / home / name)))
+    if not pairs:
+        raise UsageError(f'no photos but those in --output {output}')
+    return pairs
 
 
-def list_photos_outside(output, folder):
-    """As list_photos, without those in the folder `output`, which may lie in `folder`."""
-    names = list_photos(folder)
-    output, home = Path(os.path.realpath(output)), Path(os.path.realpath(folder))
-    if output == home:
-        raise UsageError(f'these are in the folder --output {output}; name another one')
-    if output.is_relative_to(home):
-        names = [
-            name for name in names if not Path(os.path.realpath(home / name)).is_relative_to(output)
-        ]
-        if not names:
-            raise UsageError(f'no photos but those in --output {output}')
-    return names
+def result_path(path):
+    """Return a result's path: it ends with .png where its photo's format is not written."""
+    return path if format_of(path) in FORMATS else path.with_suffix('.png')
 
 
-# ---------------------------------------------------------------------------- the run
-
-
-def split_output(output, paths):
-    """Return the folder of the results, and the result's format if `output` names a file.
-
-    Raises UsageError if it does, and cannot be the result of these photos.
-    """
-    format = Image.registered_extensions().get(output.suffix.lower())
-    if not format or output.is_dir():
-        return output, None
-    if len(paths) > 1 or os.path.isdir(paths[0]):
-        raise UsageError(f'--output {output} is the name of one result; for several, name a folder')
-    if format not in FORMATS:
-        raise UsageError(
-            f'--output {output}: {output.suffix} is not written here; .jpg and .png are'
-        )
-    if output.exists() and os.path.exists(paths[0]) and output.samefile(paths[0]):
-        raise UsageError(f'--output {output} is the photo itself; name another file')
-    return output.parent, format
+def real(path):
+    """Return what all paths to a file have in common, also on disks that ignore case."""
+    return os.path.realpath(path).casefold()
 
 
 def run(args):
-    """Colorize all photos that were asked for; return the exit code. Raises UsageError, Stopped."""
-    folder, format = split_output(args.output, args.photos)
-    jobs, refused = find_photos(args.photos, folder)
-    if not jobs:
-        raise UsageError('; '.join(f'{job.path!r}: {job.note}' for job in refused))
-    if format:
-        jobs[0].target, jobs[0].format = args.output, format
-    results, net = Results(folder, [job.path for job in jobs]), load_weights(UNet(), args.weights)
+    """Colorize all photos that were asked for; return the exit code. Raises UsageError."""
+    stop = Stop()
+    results, refused = find_results(list(dict.fromkeys(args.photos)), args.output)
+    net = load_weights(UNet(), args.weights)
     net.to(choose_device(args.device), memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
-    function = partial(
-        run_job,
-        results=results,
-        memory=Memory(free_memory(torch.device('cpu'))),
-        draw=partial(
-            draw_result,
-            compare=args.compare,
-            colorize=partial(colorize_anyway, net, size=args.size, saturation=args.saturation),
-        ),
-        estimate=partial(estimate_memory, net=net, size=args.size),
-    )
+
+    def work(photo, result):
+        return LEFT if stop.signum else colorize_file(photo, result, net, args)
+
     start = time.perf_counter()
-    try:
-        run_in_threads(function, group_by_target(jobs), args.num_workers, 'colorizing')
-    except Stopped as stop:
-        done = sum(job.is_done for job in jobs)
-        print(
-            f'predict.py: stopped; {done} of {len(jobs)} photos are done, in {args.output}',
-            file=sys.stderr,
-        )
-        return 128 + stop.signum
-    report(refused + jobs, args.output, time.perf_counter() - start)
-    return 0 if all(job.is_done for job in refused + jobs) else 1
+    # as many as there is memory for, if every photo has 48 megapixels
+    threads = max(1, min(available_cpus(), MOST_PIXELS // 48_000_000))
+    # with one of torch's own threads in each, results do not depend on their number
+    with stop, ThreadPoolExecutor(threads, '', torch.set_num_threads, [1]) as pool:
+        outcomes = pool.map(work, results.values(), results)
+        bar = tqdm(outcomes, 'colorizing', len(results), False, unit=' photos', disable=None)
+        outcomes = list(zip(results.values(), bar, strict=True))
+    return report(refused + outcomes, args.output, time.perf_counter() - start, stop)
 
 
-def group_by_target(jobs):
-    """Return lists of the jobs that may have the same result: they are done in their order."""
-    groups = defaultdict(list)
-    for job in jobs:  # the result's suffix may become .png, and some disks ignore case
-        groups[str(job.target.with_suffix('')).casefold()].append(job)
-    return list(groups.values())
-
-
-def report(jobs, output, seconds):
-    """Print what is to be said of each photo, and how many are done."""
-    for job in jobs:
-        if job.note:
-            print(f'predict.py: {job.path!r}: {job.note}', file=sys.stderr)
-    done = sum(job.is_done for job in jobs)
-    if done > 1:
-        print(f'{done} photos in {output} ({done / seconds:.1f} photos/s)')
-    else:
-        print(f'1 photo in {output}' if done else 'no photo was colorized')
+def report(outcomes, output, seconds, stop):
+    """Print what became of the photos, [(photo, outcome)]; return the exit code."""
+    for photo, outcome in outcomes:
+        if outcome not in (DONE, EXISTS, LEFT):
+            print(f'predict.py: {photo!r}: {outcome}', file=sys.stderr)
+    count = Counter(outcome for _, outcome in outcomes)
+    finished = count[DONE] + count[EXISTS]
+    if count[EXISTS]:
+        kept = f'{count[EXISTS]} of {len(outcomes)}'
+        print(f'skipped, because the result exists: {kept}; --overwrite replaces results')
+    if stop.signum:
+        line = f'stopped; {finished} of {len(outcomes)} photos are done, in {output}'
+        print(f'predict.py: {line}', file=sys.stderr)
+        return stop.exit_code
+    if done := count[DONE]:
+        print(f'{done} photo{"s" * (done > 1)} in {output} ({done / seconds:.1f} photos/s)')
+    return 0 if finished == len(outcomes) else 1
 
 
 def main(argv=None):
-    cli.open_streams()
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    cli.print_any_name()
+    args = parse_args(argv)
     warnings.filterwarnings('ignore', module='PIL')  # of what it reads all the same
     try:
-        with stop_signals():
-            return run(args)
-    except (UsageError, OSError) as error:
-        print(f'predict.py: {error}', file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except Stopped as stop:
-        print('predict.py: stopped; no photo is done', file=sys.stderr)
-        return 128 + stop.signum
+        return run(args)
+    except Exception as error:
+        return cli.exit_code(error, 'predict.py')
 
 
 if __name__ == '__main__':

@@ -4,12 +4,10 @@
 
 The two take turns. For each, the medians of the rounds: photos/s of the colorizing, seconds of the
 whole call, seconds of processor time, peak memory. Then how far apart their results are, in gray
-levels: of luminance and of chroma. Without --against, the bytes of the results with 1, 2 and 4
-workers are compared.
+levels: of luminance and of chroma.
 """
 
 import argparse
-import filecmp
 import os
 import re
 import subprocess
@@ -19,33 +17,22 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
 
 from PIL import Image, ImageChops  # noqa: E402
 
-from data_utils import list_photos  # noqa: E402
-
-HERE = Path(__file__).parent.parent
+from utils.photos import list_photos  # noqa: E402
 
 
-def colorize(home, args, output, *flags):
+def colorize(home, args, output):
     """Return (photos/s, seconds, seconds of processor time, peak memory in GB) of one call."""
-    words = [
-        sys.executable,
-        home / 'predict.py',
-        args.data_path,
-        '--weights',
-        args.weights,
-        '--size',
-        args.size,
-        '--output',
-        output,
-        *flags,
-    ]
+    words = [sys.executable, home / 'predict.py', args.data_path, '--output', output]
+    words += ['--weights', args.weights, '--size', str(args.size)]
     log = Path(f'{output}.log')
     began = time.perf_counter()
     with open(log, 'w') as file:
-        child = subprocess.Popen(list(map(str, words)), stdout=file)
+        child = subprocess.Popen(words, stdout=file)
         _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
     if status:
@@ -58,11 +45,8 @@ def compare(old, new):
     """Print the differences between the results in two folders."""
     luminance, chroma, far, pixels = 0, 0, 0, 0
     for name in list_photos(old):
-        planes = zip(
-            *(Image.open(folder / name).convert('YCbCr').split() for folder in (old, new)),
-            strict=True,
-        )
-        y, *colors = (ImageChops.difference(*pair) for pair in planes)
+        planes = [Image.open(folder / name).convert('YCbCr').split() for folder in (old, new)]
+        y, *colors = (ImageChops.difference(*pair) for pair in zip(*planes, strict=True))
         luminance = max(luminance, y.getextrema()[1])
         for difference in colors:
             counts = difference.histogram()
@@ -74,46 +58,35 @@ def compare(old, new):
     )
 
 
+def show(name, rows):
+    """Print the medians of what colorize returned."""
+    speed, seconds, busy, memory = (median(column) for column in zip(*rows, strict=True))
+    print(
+        f'{name:10} {speed:6.1f} photos/s {seconds:7.1f} s in all {busy:7.1f} s of processors '
+        f'{memory:5.2f} GB'
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--data_path', required=True)
     parser.add_argument('--weights', default='unet.pth')
-    parser.add_argument('--against', type=Path)
+    parser.add_argument('--against', type=Path, required=True)
     parser.add_argument('--size', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=3)
     args = parser.parse_args()
+    homes = dict(earlier=args.against, this=HERE)
+    figures = {name: [] for name in homes}
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if not args.against:
-            for workers in 1, 2, 4:
-                figures = colorize(HERE, args, folder / str(workers), '--num_workers', workers)
-                show(f'{workers} workers', [figures])
-            names = list_photos(folder / '1')
-            same = [
-                name
-                for name in names
-                for other in '24'
-                if filecmp.cmp(folder / '1' / name, folder / other / name, shallow=False)
-            ]
-            print(f'{len(same)} of {2 * len(names)} results are the same as with 1 worker')
-            return
-        figures = {'earlier': [], 'this': []}
-        for _ in range(args.rounds):
-            for name, home in ('earlier', args.against), ('this', HERE):
-                figures[name].append(colorize(home, args, folder / name))
+        for number in range(args.rounds):
+            for name, home in homes.items():
+                # a folder for each round: results that exist are skipped
+                figures[name].append(colorize(home, args, Path(folder, f'{name}_{number}')))
         for name, rows in figures.items():
             show(name, rows)
-        compare(folder / 'earlier', folder / 'this')
-
-
-def show(name, rows):
-    speed, seconds, busy, memory = (median(column) for column in zip(*rows, strict=True))
-    print(
-        f'{name:10} {speed:6.1f} photos/s {seconds:7.1f} s in all {busy:7.1f} s of processors '
-        f'{memory:5.2f} GB'
-    )
+        compare(*(Path(folder, f'{name}_0') for name in homes))
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
 import contextlib
 import os
 import sys
-import warnings
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,37 +18,24 @@ with contextlib.suppress(ImportError):  # optional: Pillow itself reads no HEIC
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-Image.init()
 # documents, drawings, films and data; for EPS, Pillow starts Ghostscript, which runs what is in it
-NO_PHOTOS = {'BUFR', 'EPS', 'FLI', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PALM', 'PDF', 'WMF'}
-# tried in this order
-PHOTO_FORMATS = ['JPEG', 'PNG', *sorted(set(Image.ID) - NO_PHOTOS - {'JPEG', 'PNG'})]
-PHOTO_EXTENSIONS = {
-    extension
-    for extension, name in Image.registered_extensions().items()
-    if name in (*PHOTO_FORMATS, 'MPO')
-}
-RAW = '3fr arw cr2 cr3 dng erf kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f'
-# photos that Pillow does not read, and what to do about them
-REMEDIES = {
-    **dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif'),
-    **dict.fromkeys(('.avif', '.jxl', '.webp'), 'save as JPEG, PNG or TIFF'),
-    **{f'.{name}': 'raw: save as JPEG, PNG or TIFF' for name in RAW.split()},
-}
-# what predict.py needs for each pixel of a photo at its peak: the photo, its gray, the result
-BYTES_PER_PIXEL = 32
-# Pillow refuses photos of more than twice as many
-Image.MAX_IMAGE_PIXELS = max(1, free_memory(torch.device('cpu')) // BYTES_PER_PIXEL // 2)
-warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-MAX_SIDE = 65535  # pixels, JPEG's own limit: reading the millions of a damaged header takes long
+OTHERS = {'BUFR', 'EPS', 'FLI', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PALM', 'PDF', 'WMF'}
+# registered_extensions loads Pillow's plugins: it must come before Image.ID
+EXTENSIONS = tuple(end for end, kind in Image.registered_extensions().items() if kind not in OTHERS)
+FORMATS = ['JPEG', 'PNG', *sorted(set(Image.ID) - OTHERS - {'JPEG', 'PNG'})]
+# what to do about photos that Pillow may not read
+REMEDIES = dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif') | dict.fromkeys(
+    '.arw .avif .cr2 .cr3 .dng .jxl .nef .webp'.split(), 'save as JPEG, PNG or TIFF'
+)
+LONGEST_SIDE = 65535  # pixels, as in JPEG: decoding the millions of a damaged header takes long
+MOST_PIXELS = free_memory(torch.device('cpu')) // 32  # bytes for each, at most, in predict.py
+Image.MAX_IMAGE_PIXELS = None  # the limits here are for this machine
 
 
 def list_photos(root):
     """Return the paths of all photos below the folder `root`: relative, '/'-separated, sorted.
 
-    Links are followed, and each folder is entered once, so that a link to a folder above ends.
-    Hidden files and macOS's `__MACOSX` and `._*` are left out. Photos of formats that Pillow does
-    not read are counted in a line on stderr. Raises UsageError if there are no photos.
+    Those that Pillow does not read are counted on stderr. Raises UsageError if no other is there.
     """
     if not os.path.exists(root):
         raise UsageError(
@@ -57,59 +44,37 @@ def list_photos(root):
         )
     if not os.path.isdir(root):
         raise UsageError(f'{root} is a file; --data_path takes a folder of photos')
-    names, passed_over, folder_errors = [], Counter(), []
-    for name in walk(root, folder_errors):
-        extension = os.path.splitext(name)[1].lower()
-        if extension in PHOTO_EXTENSIONS:
-            names.append(name)
-        elif extension in REMEDIES:
-            passed_over[extension] += 1
-    counts = ', '.join(
-        f'{count} {extension} ({REMEDIES[extension]})'
-        for extension, count in sorted(passed_over.items())
-    )
-    for error in folder_errors:
-        if error.filename == root or not names:
-            raise UsageError(f'{error.filename} cannot be read: {error.strerror}')
-        print0(f'passed over {error.filename}: {error.strerror}', file=sys.stderr)
-    if not names:
-        raise UsageError(
-            f'no photos in {root}'
-            + (f', but {counts}' if counts else ' (such as .jpg, .png, .tif, .webp)')
-        )
-    if counts:
-        print0(f'passed over in {root}: {counts}', file=sys.stderr)
-    return sorted(names)
+    files = sorted(walk(root))
+    photos = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    count = Counter(os.path.splitext(name)[1].lower() for name in files)
+    unread = sorted(kind for kind in REMEDIES if count[kind] and kind not in EXTENSIONS)
+    unread = ', '.join(f'{count[kind]} {kind} ({REMEDIES[kind]})' for kind in unread)
+    if not photos:
+        rest = f', but {unread}' if unread else ' (such as .jpg, .png, .tif, .webp)'
+        raise UsageError(f'no photos in {root}{rest}')
+    if unread:
+        print0(f'passed over in {root}: {unread}', file=sys.stderr)
+    return photos
 
 
-def walk(root, folder_errors):
+def walk(root):
     """Yield the paths of all files below `root`, relative and '/'-separated.
 
-    Folders that cannot be read are added to `folder_errors`, as OSErrors. (os.walk ends with a
-    RecursionError at a depth of 1,000 folders, up to Python 3.11.)
+    Hidden ones and macOS's `__MACOSX` are left out. Links are followed, and each folder is entered
+    once, so that loops end. Folders that cannot be read are named on stderr.
     """
-    folders, entered = [''], set()
-    while folders:
-        folder = folders.pop()
-        path = os.path.join(root, folder) if folder else root
-        try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            folder_errors.append(error)
+    pass_over = partial(print0, 'passed over:', file=sys.stderr)
+    root, entered = os.path.join(root, ''), set()
+    for path, folders, files in os.walk(root, onerror=pass_over, followlinks=True):
+        if (folder := os.path.realpath(path)) in entered:
+            folders.clear()
             continue
-        for entry in entries:
-            if entry.name.startswith('.') or entry.name == '__MACOSX':
-                continue
-            name = f'{folder}/{entry.name}' if folder else entry.name
-            if entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry):
-                folders.append(name)
-            else:
-                yield name
+        entered.add(folder)
+        # sorted: of two ways to a folder, every machine takes the same one
+        folders[:] = sorted(name for name in folders if name[0] != '.' and name != '__MACOSX')
+        for name in files:
+            if name[0] != '.':
+                yield os.path.join(path, name)[len(root) :].replace(os.sep, '/')
 
 
 @contextlib.contextmanager
@@ -118,20 +83,14 @@ def open_photo(path):
 
     Raises OSError, whatever is wrong with the file, also in what is done with the photo inside.
     """
-    if not os.path.isfile(path):  # a pipe would be waited for, for ever
-        raise OSError('no regular file' if os.path.exists(path) else 'no such file')
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as photo:
-            if max(photo.size) > MAX_SIDE:
-                raise OSError(f'{photo.width}×{photo.height} pixels; a side may have {MAX_SIDE}')
+        with Image.open(path, formats=FORMATS) as photo:
+            if photo.width * photo.height > MOST_PIXELS or max(photo.size) > LONGEST_SIDE:
+                raise OSError(f'{photo.width}×{photo.height} pixels are too many for this machine')
             yield photo
-    except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise OSError(f'larger than the {limit:.0f} megapixels that memory allows') from error
     except UnidentifiedImageError as error:
-        remedy = REMEDIES.get(os.path.splitext(path)[1].lower())
-        remedy = f'; {remedy}' if remedy else ''
-        raise OSError(f'no photo that Pillow can read{remedy}') from error
+        words = 'no photo that Pillow can read', REMEDIES.get(os.path.splitext(path)[1].lower())
+        raise OSError('; '.join(filter(None, words))) from error
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise OSError(getattr(error, 'strerror', None) or str(error) or repr(error)) from error
 
@@ -172,8 +131,7 @@ def to_gray_bytes(photo):
     Infinite values become black or white, NaN becomes black.
     """
     values = to_pixels(photo.convert('F'))
-    finite = values[values.isfinite()]
-    brightest = finite.max().item() if len(finite) else 0
+    brightest = values.nan_to_num(0, posinf=0, neginf=0).max().item()
     # Whole numbers are 16-bit. Floating point counts from 0 to 1, or up to 255 or 65535 where the
     # photo has more: a quarter more may come from sharpening or resizing.
     whites = [(1.25, 1), (319, 255), (81919, 65535)] if photo.mode == 'F' else [(65535, 65535)]
