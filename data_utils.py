@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from torchvision.datasets.folder import ImageFolder
+from torchvision.transforms import Compose, Grayscale, Normalize, Resize, ToTensor
 from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
 
@@ -47,23 +47,16 @@ class ImageFolderGrayColor(ImageFolder):
         super().__init__(root, transform, target_transform, loader=load_photo)
 
     def find_classes(self, directory):
-        self.names = list_photos(directory)
-        classes = sorted({os.path.dirname(name) for name in self.names})
-        return classes, {name: number for number, name in enumerate(classes)}
+        return ['.'], {'.': 0}
 
-    def make_dataset(self, directory, class_to_idx, *_, **__):
-        return [
-            (os.path.join(directory, name), class_to_idx[os.path.dirname(name)])
-            for name in self.names
-        ]
+    def make_dataset(self, directory, *_, **__):
+        return [(os.path.join(directory, name), 0) for name in list_photos(directory)]
 
     def __getitem__(self, index):
         path, _ = self.samples[index]
         photo = self.loader(path)
-        return (
-            self.transform(photo) if self.transform else photo,
-            self.target_transform(photo) if self.target_transform else photo,
-        )
+        x = self.transform(photo) if self.transform else photo
+        return x, self.target_transform(photo) if self.target_transform else photo
 
 
 def get_colorized_dataset_loader(path, **kwargs):
@@ -71,15 +64,8 @@ def get_colorized_dataset_loader(path, **kwargs):
 
     `kwargs` go to the DataLoader. Raises UsageError if there are no photos below `path`.
     """
-    color = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
-    gray = transforms.Compose(
-        [
-            transforms.Resize((224, 224)),
-            transforms.Grayscale(),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5], [0.5]),
-        ]
-    )
+    color = Compose([Resize((224, 224)), ToTensor()])
+    gray = Compose([Resize((224, 224)), Grayscale(), ToTensor(), Normalize([0.5], [0.5])])
     return DataLoader(ImageFolderGrayColor(path, gray, color), **kwargs)
 
 
@@ -144,7 +130,7 @@ def read_photos(root, names, val_fraction, size, device):
     parts = [share[start : start + 16] for start in range(0, len(share), 16)]
     options = dict(unit='photo', leave=False, disable=distributed.no_bar)
     bar = tqdm(desc='reading photos', total=len(share), **options)
-    with bar, one_torch_thread(), thread_pool(available_cpus()) as pool:
+    with bar, reading_threads() as pool:
         for part, reasons in zip(parts, pool.map(read, parts), strict=True):
             skipped |= reasons
             bar.update(len(part))
@@ -210,23 +196,14 @@ def allocate(shape):
 
 
 @contextlib.contextmanager
-def thread_pool(threads):
-    """Give a ThreadPoolExecutor that, when the program is asked to stop, begins nothing more."""
-    pool = ThreadPoolExecutor(threads)
+def reading_threads():
+    """Give a pool of threads, each with one torch thread, that ends when the program is stopped."""
+    threads, pool = torch.get_num_threads(), ThreadPoolExecutor(available_cpus())
+    torch.set_num_threads(1)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def one_torch_thread():
-    """Give torch one thread in each of the threads that read photos: those are enough."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
         torch.set_num_threads(threads)
 
 
@@ -279,7 +256,8 @@ def batches(photos, indices, batch_size, device, seed=None, epoch=0, first_step=
     for start in range(first_step * batch_size, len(order), batch_size):
         share = slice(start + distributed.rank, start + batch_size, distributed.world_size)
         pixels = to_device(photos.pixels[order[share]], device)
-        yield gray_and_color(mirror(pixels, to_device(flips[share], device)))
+        is_flipped = to_device(flips[share], device)[:, None, None, None]
+        yield gray_and_color(torch.where(is_flipped, pixels.flip(2), pixels))
 
 
 def order_and_flips(indices, seed, epoch):
@@ -292,11 +270,6 @@ def order_and_flips(indices, seed, epoch):
     generator = torch.Generator().manual_seed(mixed)
     order = order[torch.randperm(len(order), generator=generator)]
     return order, torch.rand(len(order), generator=generator) < 0.5
-
-
-def mirror(photos, flips):
-    """Flip the photos (B, S, S, 3) left to right where `flips` (B,) says so."""
-    return torch.where(flips[:, None, None, None], photos.flip(2), photos)
 
 
 def gray_and_color(photos):

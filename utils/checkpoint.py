@@ -225,16 +225,8 @@ class State:
         if not checkpoint:
             return
         self.net.load_state_dict(checkpoint['net'])
-        weights = list(self.net.parameters())
-        # an optimizer's kernels need its averages in the memory layout of the weights
-        averages = {
-            index: {
-                name: torch.empty_like(weights[index]).copy_(value) if value.dim() else value
-                for name, value in state.items()
-            }
-            for index, state in checkpoint['optimizer'].items()
-        }
-        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=averages))
+        state = dict(self.optimizer.state_dict(), state=checkpoint['optimizer'])
+        self.optimizer.load_state_dict(state)
         if checkpoint['scaler'] and self.scaler.is_enabled():  # empty unless in float16
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.progress = Progress(**checkpoint['progress'])
@@ -256,14 +248,7 @@ def read_checkpoint(path, net, settings):
     for name, value in settings.items():
         if trained[name] != value:
             raise UsageError(
-                f'--resume: {path} was trained with {as_flag(name, trained[name])}, not with '
-                f'{as_flag(name, value)}: give that, or another --name'
+                f'--resume: {path} was trained with --{name} {trained[name]}, not {value}: give '
+                'that, or another --name'
             )
     return checkpoint
-
-
-def as_flag(name, value):
-    """Return a setting as it stands on a command line."""
-    if isinstance(value, bool):
-        return f'--{name}' if value else f'no --{name}'
-    return f'--{name} {value}'
