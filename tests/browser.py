@@ -24,14 +24,12 @@ ALONE = [
     '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1',
 ]
 
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and importlib.util.find_spec('playwright')),
-    reason='Chromium or playwright is not on this machine',
-)
+MISSING = not CHROMIUM or not importlib.util.find_spec('playwright')
+needs_browser = pytest.mark.skipif(MISSING, reason='Chromium or playwright is not on this machine')
 
 
 def until(see, wanted, seconds=30):
-    """What `see()` gives once it is `wanted`, or at the end of the time."""
+    """Return what `see()` gives once it is `wanted`, or at the end of the time."""
     end = time.monotonic() + seconds
     while (seen := see()) != wanted and time.monotonic() < end:
         time.sleep(0.1)
@@ -45,7 +43,7 @@ def free_port():
 
 @contextlib.contextmanager
 def started(words, log, **kwargs):
-    """A program in the background, until the end of the `with`; it writes into the file `log`."""
+    """Give a program in the background, to the end of the `with`; it writes into the file `log`."""
     with open(log, 'w') as file:
         program = subprocess.Popen(
             words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **kwargs
@@ -61,17 +59,14 @@ def started(words, log, **kwargs):
 
 
 def says(log, program, text):
-    """Waits until the program has written `text` into `log`."""
+    """Wait until the program has written `text` into `log`."""
     until(lambda: text in log.read_text() or program.poll() is not None, True, 180)
     assert text in log.read_text(), log.read_text()
 
 
 @contextlib.contextmanager
-def browser(height=3000):
-    """An empty page of a Chromium that reaches this machine only, and leaves nothing behind.
-
-    It is so tall that all of TensorBoard's cards are in sight: others are not drawn.
-    """
+def browser(height=3000):  # cards of TensorBoard that are out of sight are not drawn
+    """Give an empty page of a Chromium that reaches this machine only, and leaves nothing."""
     from playwright.sync_api import sync_playwright
 
     # not pytest's folder: its long name is too long for Chromium's sockets
@@ -86,31 +81,23 @@ def browser(height=3000):
 
 
 def open_tab(page, url, tab, sight):
-    """Opens a tab of TensorBoard at `url`, again until `sight` is there to be seen."""
+    """Open a tab of TensorBoard at `url`, and see `sight` there."""
     from playwright.sync_api import TimeoutError
 
-    for last in False, False, True:  # it may not have read the run yet
-        page.goto('about:blank')
+    def see():
         page.goto(f'{url}/#{tab}')
-        try:
-            return page.wait_for_selector(sight, state='attached', timeout=15_000)
-        except TimeoutError:
-            if last:
-                raise
+        with contextlib.suppress(TimeoutError):
+            return bool(page.wait_for_selector(sight, state='attached', timeout=15_000))
+        page.goto('about:blank')  # TensorBoard had not read the run yet
 
-
-def show_all(page):
-    """The cards of all tags, on tabs that fold up all but the first few."""
-    page.locator('tf-tag-filterer input').fill('.')
+    assert until(see, True, 45), tab
 
 
 def scalars(page, url, epochs):
-    """{tag: the points of its line} of all charts: there should be one an epoch."""
+    """Return {tag: the points of its line} of all charts: there should be one an epoch."""
     open_tab(page, url, 'scalars', 'tf-scalar-card path.line')
-    show_all(page)
-    # of two points it takes both for outliers, and draws neither
-    page.get_by_text('Ignore outliers in chart scaling').click()
-
+    page.locator('tf-scalar-dashboard tf-tag-filterer input').fill('.')  # unfolds all tags
+    page.locator('#ignore-y-outlier').click()  # two points would both be outliers
     points = 'lines => Math.max(0, ...lines.map(line => line.getAttribute("d").split("L").length))'
 
     def charts():
@@ -123,41 +110,33 @@ def scalars(page, url, epochs):
 
 
 def images(page, url):
-    """{tag: (run, width, height, whether it is seen in color)} of the images that have loaded."""
+    """Return {tag: (run, width, height, whether it is seen in color)} of all images."""
     open_tab(page, url, 'images', 'tf-image-loader img')
-    show_all(page)
-
-    def cards():
-        return {
-            card.evaluate('card => card.tag'): card
-            for card in page.locator('tf-image-loader', has=page.locator('img')).all()
-        }
-
-    until(lambda: cards().keys(), IMAGES)
-    seen = {}
-    for tag, card in cards().items():
+    page.locator('tf-image-dashboard tf-tag-filterer input').fill('.')
+    cards, seen = page.locator('tf-image-loader', has=page.locator('img')), {}
+    until(cards.count, len(IMAGES))
+    for card in cards.all():
         img = card.locator('img')
         until(lambda img=img: img.evaluate('img => img.complete'), True)
         size = img.evaluate('img => [img.naturalWidth, img.naturalHeight]')
         red, _, blue = Image.open(io.BytesIO(img.screenshot())).convert('RGB').split()
         colored = ImageChops.difference(red, blue).getextrema()[1] > 0
-        seen[tag] = card.evaluate('card => card.run'), *size, colored
+        seen[card.evaluate('card => card.tag')] = card.evaluate('card => card.run'), *size, colored
     return seen
 
 
 def graph(page, url):
-    """The names of the parts in the drawing of the UNet, which a double click opens."""
+    """Return the names of the parts in the drawing of the UNet, which a double click opens."""
     open_tab(page, url, 'graphs', 'g.node[data-name="UNet"]')
     page.locator('g.node[data-name="UNet"]').dblclick()
     page.wait_for_selector('g.node[data-name^="UNet/"]')
-    names = page.locator('g.node.meta[data-name^="UNet/"]').evaluate_all(
-        'nodes => nodes.map(node => node.dataset.name)'
-    )
+    parts = page.locator('g.node.meta[data-name^="UNet/"]')
+    names = parts.evaluate_all('nodes => nodes.map(node => node.dataset.name)')
     return {re.fullmatch(r'UNet/\w+\[(\w+)\]', name)[1] for name in names}
 
 
 def settings(page, url):
-    """The names of all settings, and {heading: value} of what is in sight of a single run."""
+    """Return the names of all settings, and {heading: value} of what is seen of a single run."""
     open_tab(page, url, 'hparams', 'tf-hparams-table-view vaadin-grid')
     text = 'cells => cells.map(cell => cell.textContent.trim())'
 
@@ -167,7 +146,5 @@ def settings(page, url):
 
     until(lambda: 'UNet' in cells(), True)
     half = len(cells()) // 2
-    return (
-        page.locator('.hparam-checkbox').evaluate_all(text),
-        dict(zip(cells()[:half], cells()[half:], strict=True)),
-    )
+    names = page.locator('.hparam-checkbox').evaluate_all(text)
+    return names, dict(zip(cells()[:half], cells()[half:], strict=True))

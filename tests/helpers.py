@@ -1,8 +1,7 @@
-"""What the tests share: runs in this process and in others, what they leave, README's commands."""
+"""What the tests share: runs in this process and in others, and what they leave."""
 
 import os
 import pty
-import re
 import signal
 import subprocess
 import sys
@@ -15,43 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import colorize
 from unet import UNet
+from utils.color import GAIN, VIVIDNESS
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, WEIGHTS = 'runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth'
-GAIN = 'Gain over the gray copy (dB)'
-TAGS = {
-    GAIN,
-    "vividness (% of the truth's colorfulness)",
-    'training loss',
-    'validation loss',
-    'learning rate',
-    'photos per second',
-}
+TAGS = {GAIN, VIVIDNESS, 'training loss', 'validation loss', 'learning rate', 'photos per second'}
 IMAGES = {'Input', 'Predicted', 'Ground truth', 'Colorized'}
 # a run that takes seconds: of the 56 drawings, 43 are to train on
 EPOCHS, STEPS = 4, 3
-FLAGS = [
-    '--image_size',
-    '32',
-    '--batch_size',
-    '16',
-    '--epochs',
-    f'{EPOCHS}',
-    '--val_fraction',
-    '0.25',
-    '--device',
-    'cpu',
-    '--num_workers',
-    '1',
-]
-SMALL = ' '.join(['--epochs 2', *FLAGS[:4], *FLAGS[6:]])  # in README's commands
-
-ROW = re.compile(rf'(\d)/{EPOCHS} +0\.\d{{5}} .*')  # that such a run prints of an epoch
+FLAGS = '--epochs 4 --image_size 16 --batch_size 16 --val_fraction 0.25 --device cpu'.split()
 
 # a shell's '&' makes Ctrl-C ignored, and the programs that the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,15 +38,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def call(folder, *flags, program=colorize):
     """Return the exit code of `colorize.py flags...`, called in this process, in `folder`."""
-    words = list(map(str, flags))
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    words = [str(flag) for flag in flags]
+    signums = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    # nohup and a shell's '&' have signals ignored
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in signums}
     with pytest.MonkeyPatch.context() as patch:
         if folder:
             patch.chdir(folder)
-        patch.setattr(sys, 'argv', ['colorize.py', *words])
+        patch.setattr(sys, 'argv', [f'{program.__name__}.py', *words])
         patch.setattr(colorize, 'keep_memory', lambda: None)  # it would outlast the test
         patch.setattr(threading, 'excepthook', threading.excepthook)  # so that it is put back
         try:
@@ -78,28 +53,34 @@ def call(folder, *flags, program=colorize):
         except SystemExit as end:
             return end.code
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
 
 @contextmanager
 def signal_after(steps, number=signal.SIGTERM):
-    """Send this process the signal in its optimizer's step of that number; count all steps."""
-    made = []
+    """Send this process the signal in its training step of that number.
 
-    def count(*_):
-        made.append(len(made) + 1)
-        if made[-1] == steps:
+    Gives a list that gets each step: its learning rate, the photos' side, and their pixels' sum.
+    """
+    made, train_step = [], colorize.train_step
+
+    def note(model, optimizer, x, *rest):
+        loss = train_step(model, optimizer, x, *rest)
+        made.append((optimizer.param_groups[0]['lr'], x.shape[-1], x.double().sum().item()))
+        if len(made) == steps:
             os.kill(os.getpid(), number)
+        return loss
 
-    hook = register_optimizer_step_post_hook(count)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(colorize, 'train_step', note)
         yield made
-    finally:
-        hook.remove()
 
 
 # ---------------------------------------------------------------------------- runs of their own
+
+# small networks only wait for each other's threads
+ENVIRONMENT = dict(OMP_NUM_THREADS='1') | os.environ | dict(PYTHONPATH=str(ROOT))
 
 # colorize.py as it is, but every step that its optimizer makes leaves a byte in a file
 COUNTED = """
@@ -113,45 +94,31 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 class Training:
-    """colorize.py, started in `folder` on a terminal and in a process group of its own."""
+    """colorize.py, started in `folder` on a terminal and in a session of its own."""
 
     def __init__(self, folder, photos, *flags):
         self.folder, self.terminal, self.started = folder, b'', time.time()
-        self.log = folder / 'runs/UNet'
         self.steps = folder.with_name(f'{folder.name}.steps')
+        program = [sys.executable, '-c', COUNTED, self.steps, ROOT / 'colorize.py']
         ours, its = pty.openpty()
         termios.tcsetwinsize(its, (25, 100))
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                '-c',
-                COUNTED,
-                self.steps,
-                ROOT / 'colorize.py',
-                '--data_path',
-                photos,
-                *FLAGS,
-                *flags,
-            ],
+            [*program, '--data_path', photos, *FLAGS, *flags],
             cwd=folder,
             stdin=its,
             stdout=its,
             stderr=its,
             start_new_session=True,
-            # small networks only wait for each other's threads
-            env=dict(OMP_NUM_THREADS='1') | os.environ | dict(PYTHONPATH=str(ROOT)),
+            env=ENVIRONMENT,
         )
         os.close(its)
         self.reader = threading.Thread(target=self.read, args=[ours], daemon=True)
         self.reader.start()
 
     def read(self, terminal):
-        with open(terminal, 'rb', buffering=0) as shown:
-            try:
-                while data := shown.read(65536):
-                    self.terminal += data
-            except OSError:  # nobody holds the other end any more
-                pass
+        with open(terminal, 'rb', buffering=0) as shown, suppress(OSError):  # the other end closes
+            while data := shown.read(65536):
+                self.terminal += data
 
     @property
     def text(self):
@@ -162,52 +129,17 @@ class Training:
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and not happened():
             if time.monotonic() > deadline:
-                self.signal(signal.SIGKILL, group=True)
+                self.process.kill()
                 raise TimeoutError(self.text)
-            time.sleep(0.0005)
+            time.sleep(0.002)
         return self.process.poll() is None
-
-    def signal(self, number, group=False):
-        """Signal the program alone or, as Ctrl-C and systemd do it, its workers too."""
-        (os.killpg if group else os.kill)(self.process.pid, number)
 
     def end(self, seconds=60):
         """Wait for the end; return the exit code, negative where a signal was the end."""
         code = self.process.wait(seconds)
-        # workers left alone notice it within five seconds, and hold the terminal until then
-        self.reader.join(30)
-        assert not self.reader.is_alive(), 'a worker outlived the program'
+        self.reader.join(seconds)
+        assert not self.reader.is_alive(), 'a child outlived the program'
         return code
-
-    def is_written(self, pattern, *, since=0.0):
-        """Tell whether this start has written such a file."""
-        for path in self.folder.glob(pattern):
-            with suppress(FileNotFoundError):
-                if path.stat().st_mtime > max(since, self.started):
-                    return True
-        return False
-
-
-# each waits for its moment, and tells whether the training still runs
-
-
-def at_any_moment(training, delay, seconds):
-    """From the first line on."""
-    alive = training.wait_for(lambda: 'logging in' in training.text)
-    time.sleep(delay * seconds)
-    return alive and training.process.poll() is None
-
-
-def while_saving(training, delay, name, seconds=0.02):
-    alive = training.wait_for(lambda: training.is_written(f'{name}.*.tmp'))
-    time.sleep(delay * seconds)
-    return alive and training.process.poll() is None
-
-
-def after_an_epoch(training, delay, seconds=0.1):
-    alive = training.wait_for(lambda: ROW.search(training.text))
-    time.sleep(delay * seconds)
-    return alive and training.process.poll() is None
 
 
 # ---------------------------------------------------------------------------- what a run leaves
@@ -224,14 +156,11 @@ def series(page, tag):
 
 
 def curves(folder):
-    """Return {tag: [(step, value)]} of the run in `folder`; of images only the steps.
-
-    Without the speed, which no two runs have in common.
-    """
+    """Return {tag: [(step, value)]} of a run, but for its speed; of images only the steps."""
     page = events(folder / 'runs/UNet')
-    return {
-        tag: series(page, tag) for tag in page.Tags()['scalars'] if tag != 'photos per second'
-    } | {tag: [event.step for event in page.Images(tag)] for tag in page.Tags()['images']}
+    scalars = {tag: series(page, tag) for tag in page.Tags()['scalars'] if 'photos' not in tag}
+    images = {tag: [event.step for event in page.Images(tag)] for tag in page.Tags()['images']}
+    return scalars | images
 
 
 def load(path):
@@ -261,8 +190,7 @@ def unloadable(folder):
 
 def differences(folder, reference):
     """Return how a run that was stopped differs from one that was not: a list, to be empty."""
-    found = unloadable(folder)
-    found += [
+    found = unloadable(folder) + [
         f'{name} differs'
         for name in ('unet.pth', WEIGHTS)
         if (folder / name).read_bytes() != (reference / name).read_bytes()
@@ -289,7 +217,7 @@ def steps_in(checkpoint):
     if not checkpoint.exists():
         return 0, 0
     state = load(checkpoint)
-    steps = {int(weight['step']) for weight in state['optimizer'].values()}
+    steps = {int(weight['step']) for weight in state['optimizer'].values() if 'step' in weight}
     assert len(steps) <= 1, steps
     return max(steps, default=0), state['progress']['epoch'] * STEPS + state['progress']['step']
 
@@ -303,38 +231,30 @@ def template_conv(i, o):
     )
 
 
-class TemplateBlock(nn.Module):
-    def __init__(self, i, o, **kwargs):
-        super().__init__()
-        self.conv_block = template_conv(i, o)
-        for name, module in kwargs.items():
-            setattr(self, name, module)
-
-
 class TemplateUNet(nn.Module):
     """As a student would write it from the course's template: names and shapes only."""
 
     def __init__(self):
         super().__init__()
-        for n, (i, o) in enumerate([(1, 32), (32, 64), (64, 128)], 1):
-            setattr(self, f'downsample_block_{n}', TemplateBlock(i, o, maxpool=nn.MaxPool2d(2)))
+        for name, i, o in (
+            ('downsample_block_1', 1, 32),
+            ('downsample_block_2', 32, 64),
+            ('downsample_block_3', 64, 128),
+            ('upsample_block_3', 256 + 128, 128),
+            ('upsample_block_2', 128 + 64, 64),
+            ('upsample_block_1', 64 + 32, 32),
+        ):
+            setattr(self, name, nn.ModuleDict(dict(conv_block=template_conv(i, o))))
         self.middle_conv_block = template_conv(128, 256)
-        for n, (i, o) in {3: (384, 128), 2: (192, 64), 1: (96, 32)}.items():
-            setattr(
-                self,
-                f'upsample_block_{n}',
-                TemplateBlock(i, o, upsample=nn.Upsample(scale_factor=2, mode='bilinear')),
-            )
         self.last_conv = nn.Conv2d(32, 3, 1)
 
     def forward(self, x):
         skips = []
         for n in 1, 2, 3:
-            block = getattr(self, f'downsample_block_{n}')
-            skips.append(block.conv_block(x))
-            x = block.maxpool(skips[-1])
+            skips.append(getattr(self, f'downsample_block_{n}').conv_block(x))
+            x = F.max_pool2d(skips[-1], 2)
         x = self.middle_conv_block(x)
         for n in 3, 2, 1:
-            block = getattr(self, f'upsample_block_{n}')
-            x = block.conv_block(torch.cat([block.upsample(x), skips.pop()], 1))
+            x = torch.cat([F.interpolate(x, scale_factor=2, mode='bilinear'), skips.pop()], 1)
+            x = getattr(self, f'upsample_block_{n}').conv_block(x)
         return self.last_conv(x)

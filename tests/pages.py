@@ -3,15 +3,15 @@
 import ast
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text('utf-8') for path in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
 README = PAGES[ROOT / 'README.md']
 # flags that make a training take seconds
-SMALL = (
-    '--epochs 2 --image_size 32 --batch_size 16 --val_fraction 0.25 --device cpu --num_workers 2'
-)
+SMALL = '--epochs 2 --image_size 32 --batch_size 16 --val_fraction 0.25 --device cpu'
 
 
 def blocks(text):
@@ -36,6 +36,25 @@ def from_page(command):
     """
     assert command in commands()
     return command.replace('colorize.py', f'colorize.py {SMALL}')
+
+
+def copy_project(folder):
+    """Copy what belongs to this checkout, as it is, into a new folder."""
+    rest = '.?*', '__pycache__', 'data', 'runs', 'colorized', 'compared', '*.pth'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*rest))
+
+
+def write_script(path, text):
+    """Write a shell script that can be called by its name."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/sh\n{text}\n')
+    path.chmod(0o755)
+
+
+def make_tools(folder):
+    """Make the commands that the pages call, of the Python that runs the tests."""
+    for tool, call in dict(python='', pip='-m pip', tensorboard='-m tensorboard.main').items():
+        write_script(folder / tool, f'exec {sys.executable} {call} "$@"')
 
 
 def runners():

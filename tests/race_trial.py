@@ -8,10 +8,7 @@ again and again. It must always load whole, and each run must end with the weigh
 nothing disturbed.
 """
 
-import argparse
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,53 +16,31 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import ENVIRONMENT, load  # noqa: E402
+
 from demo_landscapes import draw_landscapes  # noqa: E402
 from unet import UNet  # noqa: E402
+from utils.cli import ArgumentParser  # noqa: E402
 
-FLAGS = [
-    '--image_size',
-    '32',
-    '--batch_size',
-    '8',
-    '--val_fraction',
-    '0.25',
-    '--device',
-    'cpu',
-    '--num_workers',
-    '1',
-    '--epochs',
-    '12',
-]
-RUNS = {'A': ['--seed', '0'], 'B': ['--seed', '1']}
+FLAGS = '--data_path ../photos --image_size 32 --batch_size 8 --val_fraction 0.25 --device cpu'
+RUNS = {'A': '0', 'B': '1'}  # names and seeds
 
 
 def start(folder, name):
-    """Start the run `name` in the folder, or go on with it, in a process group of its own."""
-    log = open(folder.with_name(f'{folder.name}_{name}.log'), 'ab')
-    return subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / 'colorize.py',
-            '--data_path',
-            '../photos',
-            *FLAGS,
-            *RUNS[name],
-            '--name',
-            name,
-            '--resume',
-        ],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        env=dict(OMP_NUM_THREADS='1') | os.environ,
-    )
+    """Start the run `name` in the folder, or go on with it."""
+    words = [*FLAGS.split(), '--epochs', '12', '--seed', RUNS[name], '--name', name, '--resume']
+    with open(folder.with_name(f'{folder.name}_{name}.log'), 'ab') as log:
+        return subprocess.Popen(
+            [sys.executable, ROOT / 'colorize.py', *words],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=ENVIRONMENT,
+        )
 
 
 class Reader(threading.Thread):
@@ -78,7 +53,7 @@ class Reader(threading.Thread):
     def run(self):
         while not self.ended.wait(0.05):
             try:
-                UNet().load_state_dict(torch.load(self.path, weights_only=True))
+                UNet().load_state_dict(load(self.path))
                 self.reads += 1
             except FileNotFoundError as error:
                 if self.reads:
@@ -96,7 +71,7 @@ def disturb(folder, kills, rng, longest):
         for name, process in list(running.items()):
             if process.poll() is None:
                 if killed < kills and rng.random() < 0.7:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.wait()
                     killed += 1
                     running[name] = start(folder, name)
@@ -125,11 +100,7 @@ def differences(folder, expected):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser('race_trial.py', __doc__)
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()

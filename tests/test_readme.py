@@ -1,26 +1,26 @@
 """README.md and docs/ keep up with the programs: a test runs what they tell to type."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from pages import PAGES, README, ROOT, arguments, blocks, commands, runners
+from helpers import call
+from pages import PAGES, README, ROOT, arguments, blocks, commands, from_page, runners
+from PIL import Image
 
 import colorize
 import predict
 from unet import UNet
 from utils.checkpoint import load_weights
-from utils.device import available_cpus
 
 # the commands that no test takes from a page, and why
 ELSEWHERE = {
     'pip install -r requirements.txt && python colorize.py --demo': '.ci/run runs it',
     'pip install -r tests/requirements.txt && python -m pytest': '.ci/run runs it',
-    'torchrun --nproc_per_node=gpu colorize.py': 'needs a GPU',
+    'pip install -r requirements-app.txt': '.ci/run does, as a part of tests/requirements.txt',
+    'python app.py': 'tests/test_app.py starts it, on a free port',
+    'ssh -L 7860:localhost:7860 USER@VM_ADDRESS': 'tests/test_vm.py does, for port 8898',
     'nvidia-smi': 'needs a GPU',
     'tmux attach -t colorize': 'needs someone at a terminal',
     'sudo shutdown -h now': 'is better not tried here',
@@ -34,6 +34,8 @@ def is_skipped(item):
 
 
 def test_each_command_is_run_by_a_test(request):
+    for path, text in PAGES.items():  # commands are looked for in blocks that say bash
+        assert {language for language, _ in blocks(text)} <= {'bash', 'python', 'text'}, path
     tests = runners()
     told = {command for command in commands() if not command.startswith('gcloud ')}
     assert told == {*tests, *ELSEWHERE}
@@ -47,99 +49,66 @@ def test_each_command_is_run_by_a_test(request):
         pytest.skip(f'the tests that run these are skipped here: {"; ".join(missed)}')
 
 
-def test_blocks_are_commands_or_say_what_they_are():
-    for path, text in PAGES.items():
-        assert text.count('\n```') == 2 * len(blocks(text)), path
-        assert {language for language, _ in blocks(text)} <= {'bash', 'python', 'text'}, path
-
-
-def test_each_call_of_colorize_is_understood():
-    calls = list(arguments(r'(?:python|torchrun) .*?colorize\.py'))
-    assert ['--demo'] in calls
-    assert ['--name', 'spot', '--resume', '--data_path', '~/colorize/data/landscapes'] in calls
-    for words in calls:
+def test_each_call_is_understood():
+    for words in arguments(r'(?:python|torchrun) .*?colorize\.py'):
         colorize.parse_args(words)
-
-
-def test_each_call_of_predict_is_understood():
-    calls = list(arguments(r'python predict\.py'))
-    assert ['old_photo.jpg'] in calls
-    for words in calls:
+    for words in arguments(r'python predict\.py'):
         predict.parse_args(words)
 
 
 def test_the_table_of_flags_has_the_defaults():
     table = re.findall(r'^\| `--(\w+)` \|(.*?)\|', README, re.MULTILINE)
     rows = {flag: default.strip(' `') for flag, default in table}
-    defaults = vars(colorize.parse_args([]))
+    defaults = vars(colorize.parse_args([])) | dict(name='UNet')  # of --demo: demo
     assert rows.keys() == defaults.keys()
-    assert rows.pop('num_workers') == 'up to 8'
-    assert defaults.pop('num_workers') == min(8, available_cpus())
     for flag, default in rows.items():
         assert (type(defaults[flag])(default) if default else False) == defaults[flag], flag
 
 
-def python_blocks():
-    """Yield the Python code of all pages but the notebook's, which test_colab.py runs."""
-    for path, text in PAGES.items():
-        if path.name != 'colab.md':
-            for number, (language, block) in enumerate(blocks(text)):
-                if language == 'python':
-                    yield pytest.param(block, id=f'{path.name}-{number}')
+def test_small_commands_run(drawings, tmp_path, capsys):
+    """Type what tests of its own elsewhere leave out, in this process."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/demo').symlink_to(drawings)
+    dry_run = from_page('python colorize.py --demo --dry_run')
+    assert call(tmp_path, *dry_run.split()[2:]) == 0
+    assert capsys.readouterr().out.endswith('went through everything, and kept nothing\n')
 
-
-@pytest.mark.parametrize('code', list(python_blocks()))
-def test_the_python_of_the_pages_runs(code, drawings, tmp_path):
-    landscapes = tmp_path / 'data/landscapes'
-    landscapes.mkdir(parents=True)
-    for drawing in sorted(drawings.rglob('*.jpg'))[:2]:
-        shutil.copy(drawing, landscapes)
-    shutil.copy(drawing, tmp_path / 'old_photo.jpg')
-    torch.save(UNet().state_dict(), tmp_path / 'unet.pth')
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    shutil.copytree(drawings / 'city', tmp_path / 'album')
+    (tmp_path / 'runs/UNet_2').mkdir(parents=True)
+    torch.save(UNet().state_dict(), tmp_path / 'runs/UNet_2/unet.pth')
+    album = from_page(
+        'python predict.py album/ --output album_colorized --weights runs/UNet_2/unet.pth'
     )
-    assert done.returncode == 0, done.stderr
-    if 'my_unet.pth' in code:
-        assert 0 < float(done.stdout.splitlines()[-1]) < 0.2
-        load_weights(UNet(), tmp_path / 'my_unet.pth')
+    assert call(tmp_path, *album.split()[2:], '--size', 32, program=predict) == 0
+    assert len(list(tmp_path.glob('album_colorized/*.jpg'))) == 8
 
 
-def test_each_file_is_there():
-    for path, text in PAGES.items():
-        text = re.sub(r'https?://[^\s)]+', '', text)
-        names = set(re.findall(r'(?<![\w./~-])[\w./-]+\.(?:py|sh|txt|png|md|ipynb)\b', text))
-        assert [
-            name
-            for name in sorted(names)
-            if not (path.parent / name).exists() and not (ROOT / name).exists()
-        ] == [], path
+def test_code_of_your_own_runs(drawings, tmp_path, monkeypatch, capsys):
+    ((_, code),) = blocks(PAGES[ROOT / 'docs/own_code.md'])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data/landscapes').mkdir(parents=True)
+    for drawing in sorted(drawings.rglob('*.jpg'))[:2]:
+        with Image.open(drawing) as photo:
+            photo.save(tmp_path / 'data/landscapes' / drawing.name)
+    exec(code.replace('epochs=5', 'epochs=1'), {})
+    assert 0 < float(capsys.readouterr().out.splitlines()[-1]) < 0.2
+    load_weights(UNet(), 'my_unet.pth')
 
 
-def test_links_lead_somewhere():
-    anchors = {
-        path: {
-            re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-')
-            for heading in re.findall(r'^#+ (.*)$', text, re.MULTILINE)
-        }
-        for path, text in PAGES.items()
-    }
+def test_files_and_links_are_there():
     assert '](docs/gpu_vm.md)' in README
     for path, text in PAGES.items():
+        local = re.sub(r'https?://[^\s)]+', '', text)
+        names = set(re.findall(r'(?<![\w./~-])[\w./-]+\.(?:py|sh|txt|png|md|ipynb)\b', local))
+        homes = path.parent, ROOT, ROOT / 'utils'
+        assert {n for n in names if not any((home / n).exists() for home in homes)} == set(), path
         for link in re.findall(r'\]\((?!https?://)(.*?)\)', text):
             name, _, anchor = link.partition('#')
             target = (path.parent / name).resolve() if name else path
             assert target.exists(), (path, link)
-            assert not anchor or anchor in anchors[target], (path, link)
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) < 200
+            headings = re.findall(r'^#+ (.*)$', PAGES.get(target, ''), re.MULTILINE)
+            anchors = {re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings}
+            assert not anchor or anchor in anchors, (path, link)
 
 
 def test_the_plot_is_that_of_the_table(monkeypatch):

@@ -1,0 +1,67 @@
+"""Errors told in one line, and the types of numbers on a command line."""
+
+import argparse
+import errno
+
+import pytest
+import torch
+
+from utils import cli
+
+
+@pytest.mark.parametrize(
+    'error, code, line',
+    [
+        (cli.UsageError('no\nsuch folder'), 2, 'no such folder'),
+        (OSError(errno.ENOSPC, 'No space left on device', 'a.pth'), 1, 'a.pth: No space left'),
+        (OSError('image file is truncated'), 1, 'image file is truncated'),
+        (FloatingPointError('the loss is nan'), 1, 'the loss is nan'),
+        (MemoryError(), 1, 'out of memory with --batch_size 32: try --batch_size 16 or less'),
+        (torch.OutOfMemoryError('CUDA out of memory. Tried'), 1, 'out of memory with --batch_size'),
+        (
+            RuntimeError('CUDA error: out of memory'),
+            1,
+            'out of memory on the GPU: if nvidia-smi shows another program',
+        ),
+        (
+            RuntimeError('CUDA error: no kernel image is available for execution'),
+            1,
+            f'torch {torch.__version__} was not built for this GPU',
+        ),
+        (torch.distributed.DistError('lost'), 1, 'another process of this run has ended: lost'),
+        (RuntimeError('a mistake of ours'), 0, ''),
+        (KeyError('step'), 0, ''),
+    ],
+)
+def test_an_error_that_a_user_can_mend_is_one_line(error, code, line):
+    found, text = cli.explain_error(error, 32)
+    assert found == code and text.startswith(line) and '\n' not in text
+
+
+def test_with_a_photo_for_each_process_a_smaller_size_is_the_remedy():
+    assert cli.explain_error(MemoryError(), 1)[1].endswith('try a smaller --image_size')
+
+
+def test_our_own_mistake_shows_its_traceback():
+    with pytest.raises(KeyError):
+        cli.exit_code(KeyError('step'), 'colorize.py')
+
+
+@pytest.mark.parametrize(
+    'kind, good, bad',
+    [
+        (cli.positive_int, '1', ['0', '-1', '1.5', 'a', str(2**31)]),
+        (cli.nonnegative_int, '0', ['-1', '1e3']),
+        (cli.image_size, '64', ['0', '60', '4104']),
+        (cli.positive_float, '1e-3', ['0', 'nan', 'inf']),
+        (cli.factor, '0', ['-0.1', '1001', 'nan']),
+        (cli.fraction_below_1, '0.5', ['1', '-0.1', 'nan']),
+        (cli.port, '7860', ['0', '65536']),
+        (cli.folder_name, 'UNet 2', ['', '.lock', '-x', 'a/b']),
+    ],
+)
+def test_numbers_and_names(kind, good, bad):
+    assert str(kind(good)) in (good, '0.001', '0.0')
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)

@@ -1,0 +1,108 @@
+"""The optimizer: what it does to a matrix, to each layer, and in float16."""
+
+import copy
+
+import pytest
+import torch
+
+from unet import UNet
+from utils.device import channels_last
+from utils.muon import Muon, orthogonalize
+
+CPU = torch.device('cpu')
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.rand(2, 1, 16, 16) * 2 - 1, torch.rand(2, 3, 16, 16)
+
+
+def error(net):
+    x, y = batch()
+    return (net(x) - y).square().mean()
+
+
+@pytest.mark.parametrize('rank', [3, 32])
+def test_singular_values_come_close_to_one_in_their_own_directions(rank):
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(32, rank))
+    v, _ = torch.linalg.qr(torch.randn(288, rank))
+    values = torch.linspace(0.05, 5, rank)
+    turned = orthogonalize(u * values @ v.T)
+    strength = u.T @ turned @ v
+    assert (strength - strength.diagonal().diag()).abs().max() < 1e-3
+    assert 0.65 < strength.diagonal().min() and strength.diagonal().max() < 1.25
+
+
+def test_steps_are_those_of_the_whole_matrix():
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 8, dtype=torch.float64) @ torch.randn(8, 144, dtype=torch.float64)
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    torch.testing.assert_close(orthogonalize(matrix), x, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(orthogonalize(matrix.float()).double(), x, atol=1e-3, rtol=1e-2)
+
+
+def test_a_step_of_a_hidden_convolution_is_as_long_as_adam_s():
+    torch.manual_seed(0)
+    net = channels_last(UNet(), CPU)
+    torch.nn.init.normal_(net.last_conv.weight)
+    before, optimizer = copy.deepcopy(net), Muon(net.parameters(), lr=1e-3)
+    error(net).backward()
+    optimizer.step()
+    steps = [
+        (new - old).square().mean().sqrt().item()
+        for new, old in zip(net.parameters(), before.parameters(), strict=True)
+    ]
+    hidden = {id(weight) for weight in optimizer.hidden}
+    assert len(hidden) == 13
+    for weight, step in zip(net.parameters(), steps, strict=True):
+        if id(weight) in hidden:  # orthogonal rows: scale × the root of 0.5 to 1.2, at full rank
+            assert step <= 0.4e-3 * 1.25
+    assert max(steps) > 0.2e-3
+
+
+def test_first_and_last_layer_and_biases_are_adam_s():
+    torch.manual_seed(0)
+    net = UNet()
+    torch.nn.init.normal_(net.last_conv.weight)  # else only this layer learns in the first step
+    other = copy.deepcopy(net)
+    optimizer = Muon(net.parameters(), lr=1e-3)
+    adam = torch.optim.Adam(other.parameters(), lr=1e-3, fused=True)
+    for model in net, other:
+        error(model).backward()
+    optimizer.step()
+    adam.step()
+    hidden = {id(weight) for weight in optimizer.hidden}
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs) == (id(ours) not in hidden)
+
+
+def test_float16_s_scale_changes_nothing_and_an_overflow_takes_no_step():
+    torch.manual_seed(0)
+    net = UNet()
+    scaled = copy.deepcopy(net)
+    optimizer, other = Muon(net.parameters()), Muon(scaled.parameters())
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        other.zero_grad()
+        error(net).backward()
+        scaler.scale(error(scaled)).backward()
+        optimizer.step()
+        scaler.step(other)
+        scaler.update()
+    for ours, theirs in zip(net.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    before = copy.deepcopy([scaled.state_dict(), other.state_dict()['state']])
+    other.zero_grad()
+    scaler.scale(error(scaled) * float('inf')).backward()
+    scaler.step(other)
+    scaler.update()
+    after = [scaled.state_dict(), other.state_dict()['state']]
+    assert all(map(torch.equal, before[0].values(), after[0].values()))
+    for old, new in zip(before[1].values(), after[1].values(), strict=True):
+        assert all(map(torch.equal, old.values(), new.values()))
+    assert scaler.get_scale() == 512

@@ -1,0 +1,119 @@
+"""Which folder a run gets, and that no weights are lost."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+from unet import UNet
+from utils.checkpoint import save_weights
+from utils.cli import UsageError
+from utils.run import RunFolder
+
+
+def make_runs(home, *names, files=('checkpoint.pth', 'unet.pth')):
+    for number, name in enumerate(names):
+        (home / 'runs' / name).mkdir(parents=True)
+        for file in files:
+            (home / 'runs' / name / file).write_text(f'{number}')
+
+
+def open_run(home, name=None, resume=False):
+    """Return the name of the folder that a run gets; its lock is given up again."""
+    folder = RunFolder(home, name, 'UNet', resume)
+    folder.lock.close()
+    return folder.path.name
+
+
+@pytest.mark.parametrize(
+    'runs, name, resume, expected',
+    [
+        ('', None, False, 'UNet'),
+        ('UNet', None, False, 'UNet_2'),
+        ('UNet UNet_2 UNet_10 UNet_1 UNet_x', None, False, 'UNet_11'),
+        ('UNet_3', None, False, 'UNet_4'),
+        ('UNet', 'test', False, 'test'),
+        ('test', 'test', False, 'test_2'),
+        ('', None, True, 'UNet'),
+        ('UNet UNet_2 demo_3', None, True, 'UNet_2'),
+        ('UNet UNet_2', 'UNet', True, 'UNet'),
+        ('UNet', 'test', True, 'test'),
+    ],
+)
+def test_names(tmp_path, runs, name, resume, expected):
+    make_runs(tmp_path, *runs.split())
+    assert open_run(tmp_path, name, resume) == expected
+
+
+def test_a_start_that_saved_nothing_does_not_use_up_the_name(tmp_path):
+    make_runs(tmp_path, 'UNet', files=())
+    assert open_run(tmp_path) == 'UNet'
+
+
+def test_another_process_s_run_is_refused_until_it_ends(tmp_path):
+    make_runs(tmp_path, 'UNet')
+    code = (
+        'import sys; from utils.run import RunFolder\n'
+        'folder = RunFolder(sys.argv[1], None, "UNet", True); print("held", flush=True); input()'
+    )
+    words = [sys.executable, '-c', code, str(tmp_path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(UsageError, match='another process is training in .*UNet; wait'):
+            open_run(tmp_path, resume=True)
+        other.communicate('\n')
+    assert open_run(tmp_path, resume=True) == 'UNet'
+
+
+def names(home):
+    return sorted(str(path.relative_to(home)) for path in home.rglob('*.*') if path.suffix)
+
+
+def test_weights_that_are_no_run_s_are_renamed_once(tmp_path, capsys):
+    make_runs(tmp_path, 'UNet')
+    for number, content in enumerate(['from a friend', 'another'], 1):
+        (tmp_path / 'unet.pth').write_text(content)
+        open_run(tmp_path, 'new', resume=True)
+        assert "unet.pth is in no run's folder: it is now" in capsys.readouterr().out
+        assert (tmp_path / f'unet_{number}.pth').read_text() == content
+    (tmp_path / 'unet.pth').write_text('0')  # as in runs/UNet
+    open_run(tmp_path, 'new', resume=True)
+    assert (tmp_path / 'unet.pth').read_text() == '0'
+
+
+def test_weights_without_their_checkpoint_are_kept(tmp_path):
+    make_runs(tmp_path, 'UNet', files=['unet.pth'])
+    (tmp_path / 'unet.pth').write_text('0')
+    open_run(tmp_path, resume=True)
+    assert names(tmp_path) == ['runs/UNet/unet_1.pth', 'unet.pth']
+
+
+@pytest.mark.parametrize('renames', [0, 1])
+def test_a_kill_while_weights_are_saved(tmp_path, monkeypatch, renames):
+    """The two files are written, and so many of them have their names."""
+    make_runs(tmp_path, 'UNet')
+    (tmp_path / 'unet.pth').write_text('0')
+    folder, done = RunFolder(tmp_path, None, 'UNet', True), []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(source, target, replace=os.replace):
+        if len(done) == renames:
+            raise Killed
+        done.append(replace(source, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr('os.replace', replace)
+        with pytest.raises(Killed):
+            save_weights(UNet(), folder.latest, folder.weights, lock_path=folder.lock_path)
+    folder.lock.close()
+    open_run(tmp_path, resume=True)
+    assert names(tmp_path) == ['runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth', 'unet.pth']
+    assert (tmp_path / 'unet.pth').read_bytes() == (tmp_path / 'runs/UNet/unet.pth').read_bytes()
+    if renames:
+        UNet().load_state_dict(torch.load(tmp_path / 'unet.pth', weights_only=True))
