@@ -47,7 +47,8 @@ DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
 FIXED = 'batch_size image_size seed val_fraction colorfulness_weight demo'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
-WHOLE_EPOCHS = 15  # that see whole photos: after these, a network begins to know them by heart
+# after which small steps see parts of the photos: whole ones, the network begins to know by heart
+WHOLE_EPOCHS = 15
 NOT_FINITE = (
     'weights and checkpoint of the epochs before are kept: --resume, or begin again, with a '
     'smaller --lr or --precision fp32'
@@ -61,7 +62,12 @@ def parse_args(argv):
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
-    add('--colorfulness_weight', type=cli.factor, default=0.025, help='0: duller')
+    add(
+        '--colorfulness_weight',
+        type=cli.factor,
+        default=0.025,
+        help='of dull colors in what is minimized',
+    )
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
@@ -87,7 +93,8 @@ def parse_args(argv):
 class Recipe:
     """How steps are taken. The defaults are the course's: squared error, the optimizer's own rate.
 
-    Rate and size of the photos come from a step's number alone: a resumed run needs no more.
+    Rate and size of the photos follow from these fields and the step's number, so that no
+    checkpoint needs to hold them.
     """
 
     precision: Precision = Precision()
@@ -139,7 +146,7 @@ def train(net, optimizer, loader, epochs=5, writer=None):
 
 
 def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):  # noqa: B008
-    """Train for one epoch, or for what `progress` leaves of it, and return its mean loss per photo.
+    """Train on all of `loader`, an epoch from `progress.step` on; return the epoch's mean loss.
 
     Raises Stopped if `stop` asks for it, FloatingPointError if the loss or a weight is no longer
     finite.
@@ -153,8 +160,9 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         if signum:
             break
         step = progress.epoch * recipe.steps_per_epoch + progress.step
-        for group in optimizer.param_groups if recipe.lr else ():
-            group['lr'] = recipe.get_lr(step)
+        if recipe.lr:
+            for group in optimizer.param_groups:
+                group['lr'] = recipe.get_lr(step)
         if recipe.is_small(step, x.shape[-1]):
             x, y = shrink(x, y, step, of_parts=progress.epoch >= WHOLE_EPOCHS)
         progress.step += 1
@@ -168,6 +176,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     sync_losses(losses, progress)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f'a weight is not finite {progress.describe()}')
+    # from here on those of all ranks; after --resume, rank 0 alone goes on with them
     progress.loss_sum, progress.photos = all_reduce_sum(progress.loss_sum, progress.photos)
     if signum:
         raise Stopped
@@ -175,25 +184,27 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
 
 
 def train_step(model, optimizer, x, y, batch_size, recipe):
-    """Take one step on this rank's share x, y of a batch of `batch_size` photos.
+    """Take one step on this rank's share of a batch of `batch_size` photos.
 
+    x is gray (B, 1, H, W) in [-1, 1], y color (B, 3, H, W) in [0, 1], both on the model's device.
     Returns the sum of the share's losses: of each photo's mean squared error.
     """
-    optimizer.zero_grad()  # here, because CUDA graphs reuse the gradients' memory
+    optimizer.zero_grad()
     with recipe.precision.autocast:
         prediction = model(x)
     prediction = prediction.float()
-    loss = objective = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
+    squared_error = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
+    objective = squared_error
     if recipe.colorfulness_weight:
         # with the squared error alone, a network that is unsure predicts gray
         colorized = color.merge_luminance(prediction, (x + 1) / 2)
-        objective = recipe.get_objective(loss, color.dullness(colorized, y).sum())
-    # DistributedDataParallel divides by the world size, which is undone here
+        objective = recipe.get_objective(squared_error, color.dullness(colorized, y).sum())
     scaler = recipe.precision.scaler
+    # DistributedDataParallel divides by the world size, which is undone here
     scaler.scale(objective * distributed.world_size / batch_size).backward()
     scaler.step(optimizer)
     scaler.update()
-    return loss.detach()
+    return squared_error.detach()
 
 
 def sync_losses(losses, progress):
@@ -264,17 +275,17 @@ def run(args, home, stop):
     if args.compile:
         check_compiler(device)
         state.net.compile(dynamic=False)  # else the smaller last batch slows down all others
-    try:
-        with stop:
+    with stop:
+        try:
             fit(args, state, recipe, photos, folder, page, stop)
-    except Stopped:
-        if folder:
-            state.save(folder.checkpoint)
-            command = '' if args.dry_run else resume_command(args, folder)
-            report.print_stopped(state.progress, command)
-        return 128 + (stop.signum or signal.SIGTERM)  # another rank may have had the signal
-    except FloatingPointError as error:
-        raise FloatingPointError(f'{error}; {NOT_FINITE}') from error
+        except Stopped:
+            if folder:
+                state.save(folder.checkpoint)
+                command = '' if args.dry_run else resume_command(args, folder)
+                report.print_stopped(state.progress, command)
+            return 128 + (stop.signum or signal.SIGTERM)  # 0 if another rank had the signal
+        except FloatingPointError as error:
+            raise FloatingPointError(f'{error}; {NOT_FINITE}') from error
     if page:
         page.close(state.net, state.progress.epoch)
     return end(
@@ -289,8 +300,8 @@ def fit(args, state, recipe, photos, folder, page, stop):
     device = next(net.parameters()).device
     make_batches = partial(batches, photos, batch_size=args.batch_size, device=device)
     for epoch in range(progress.epoch, args.epochs):
-        seen = dict(seed=args.seed, epoch=epoch, first_step=progress.step)
-        loader = make_batches(photos.training, **seen)
+        at = dict(seed=args.seed, epoch=epoch, first_step=progress.step)
+        loader = make_batches(photos.training, **at)
         start, before = time.perf_counter(), progress.photos
         loss = train_epoch(model, optimizer, loader, progress, recipe, stop)
         metrics = {
@@ -300,7 +311,8 @@ def fit(args, state, recipe, photos, folder, page, stop):
         }
         objective = None
         if photos.validation:
-            metrics |= evaluate(net, make_batches(photos.validation), recipe.precision, stop)
+            loader = make_batches(photos.validation)  # without a seed: in order, unflipped
+            metrics |= evaluate(net, loader, recipe.precision, stop)
             objective = recipe.get_objective(metrics['validation loss'], metrics['dullness'])
         is_best = progress.update_best(objective, metrics.get(color.GAIN, 0.0))
         progress.finish_epoch()
@@ -351,6 +363,7 @@ def open_page(args, folder, photos, state):
     samples = gray_and_color(photos.pixels[shown].to(next(state.net.parameters()).device))
     page = Page(folder.path, samples, names, state.progress.epoch + 1)
     if state.progress == Progress():
+        # another network, on the CPU: tracing must not touch the one that is trained
         page.log_start(UNet(), vars(args) | state.settings)
     return page
 

@@ -1,225 +1,133 @@
-"""Train each variant of a table over several seeds, and compare the colors that predict.py gives.
+"""How good the colors are: trains, then measures what predict.py makes of photos never seen.
 
-    python benchmarks/quality.py --data_path TRAIN --val_path TEST
-    python benchmarks/quality.py --data_path TRAIN --val_path TEST --variants default,plain
-    python benchmarks/quality.py --val_path TEST --weights unet.pth --saturations 1,1.2,1.4
+    python benchmarks/quality.py TRAIN TEST --epochs 4
+    python benchmarks/quality.py TRAIN TEST --against EARLIER --seeds 0 1 2 --epochs 4
 
-Each variant of VARIANTS, below, is a set of colorize.py's flags: add your own. colorize.py trains
-on all of TRAIN, in a process and a temporary folder of its own; seconds are those of that whole
-process. Then predict.colorize colorizes the photos of TEST at their full size, once for each
-saturation. Use photos that the network is not trained on; gray ones are left out.
+TRAIN and TEST are folders of photos, EARLIER is another checkout of this project: both versions
+train in turns, with a process of one thread each. Flags that are not this program's own go to
+colorize.py. All that differs between two seeds is noise: compare means.
 
-PSNR in dB is computed from the mean squared error over all pixels of all photos, gain is the PSNR
-above that of the gray copies, and colorfulness (Hasler and Süsstrunk) is the mean over the photos,
-also in percent of that of the true photos. A number ± another is the mean over the seeds and their
-standard deviation: differences within it are chance.
+Printed are, at the photos' full size, the gain over the gray copy in dB with the share of the
+truth's colorfulness, and the gain at 90 % of it, interpolated between values of --saturation.
 """
 
-import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
-from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-from data_utils import list_photos, load_photo  # noqa: E402
 from predict import colorize  # noqa: E402
 from unet import UNet  # noqa: E402
 from utils import cli  # noqa: E402
 from utils.checkpoint import load_weights  # noqa: E402
-from utils.cli import UsageError  # noqa: E402
 from utils.color import colorfulness, is_gray, psnr  # noqa: E402
+from utils.photos import list_photos, load_photo, to_pixels  # noqa: E402
 
-VARIANTS = {  # name: flags of colorize.py; they win over --epochs and --seeds
-    'default': '',
-    'plain': '--colorfulness_weight 0',
-    'vivid': '--colorfulness_weight 0.06',
-    'lr 2e-3': '--lr 2e-3',
-    'full size': '--small_steps 0',
-    'batch 8': '--batch_size 8',
-    '32 px': '--image_size 32',
-    '96 px': '--image_size 96',
-}
-COLUMNS = 'PSNR', 'gain', 'colorfulness', '% of truth', 'seconds'
+SATURATIONS = 1, 1.1, 1.2, 1.35, 1.5
+COLORFUL = 90  # % of the truth's colorfulness at which results are compared
 
 
-# ---------------------------------------------------------------------------- arguments
+def load_photos(root):
+    """Return the photos below a folder that have color, as PIL images."""
+    photos = [load_photo(os.path.join(root, name)) for name in list_photos(root)]
+    return [photo for photo in photos if not is_gray(to_pixels(photo))]
 
 
-def list_of(kind):
-    """Return an argparse type: a comma-separated list of what the type `kind` takes."""
-    return lambda text: [kind(part.strip()) for part in text.split(',')]
+def to_tensor(photo):
+    """Return a PIL image as float (1, 3, H, W) in [0, 1]."""
+    return to_pixels(photo).permute(2, 0, 1)[None].float() / 255
 
 
-def variant(name):
-    if name not in VARIANTS:
-        known = ', '.join(VARIANTS)
-        raise argparse.ArgumentTypeError(f'{name!r} is no variant; there are: {known}')
-    return name
+def score(results, photos):
+    """Return the PSNR of PIL images in dB, over all pixels, and their mean colorfulness."""
+    error = pixels = 0
+    colorful = []
+    for result, photo in zip(results, photos, strict=True):
+        difference = to_tensor(result) - to_tensor(photo)
+        error += difference.square().sum().item()
+        pixels += difference.numel()
+        colorful.append(colorfulness(to_tensor(result)).item())
+    return psnr(error / pixels), mean(colorful)
 
 
-def parse_args(argv=None):
-    parser = cli.ArgumentParser(prog='quality.py', description=__doc__)
-    add = parser.add_argument
-    add('--data_path', help='the folder of photos to train on')
-    add('--val_path', required=True, help='the folder of photos to test on')
-    add('--variants', type=list_of(variant), default=','.join(VARIANTS), help='which to train')
-    seeds = 'each variant is trained once with each of them'
-    add('--seeds', type=list_of(cli.nonnegative_int), default='0,1,2', help=seeds)
-    add('--epochs', type=cli.positive_int, default=4, help='of each training')
-    saturations = 'as in predict.py: a row of the table for each'
-    add('--saturations', type=list_of(cli.factor), default='1', help=saturations)
-    add('--weights', help='a file: test these weights, and train nothing')
-    args = parser.parse_args(argv)
-    if not args.weights and not args.data_path:
-        parser.error('give --data_path, photos to train on, or --weights, to test without training')
-    return args
+def measure(weights, photos):
+    """Return of a file of weights: gain in dB, % of the truth's colorfulness, gain at COLORFUL."""
+    net, points = load_weights(UNet(), weights), []
+    gray, _ = score([photo.convert('L').convert('RGB') for photo in photos], photos)
+    _, truth = score(photos, photos)
+    for saturation in SATURATIONS:
+        result, colorful = score(
+            [colorize(net, photo, saturation=saturation) for photo in photos], photos
+        )
+        points.append((result - gray, 100 * colorful / truth))
+        if colorful > truth * COLORFUL / 100:
+            break
+    return *points[0], interpolate(points)
 
 
-# ---------------------------------------------------------------------------- test
+def interpolate(points):
+    """Return the gain at COLORFUL on the line through points (gain, %); NaN beyond them."""
+    for (gain, percent), (next_gain, next_percent) in zip(points, points[1:], strict=False):
+        if percent <= COLORFUL <= next_percent:
+            share = (COLORFUL - percent) / (next_percent - percent)
+            return gain + share * (next_gain - gain)
+    return float('nan')
 
 
-def tensor(photo):
-    return pil_to_tensor(photo)[None] / 255
+def train(checkout, photos, flags, home):
+    """Train by a checkout's colorize.py; return the weights' path and the seconds of processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, checkout / 'colorize.py', '--data_path', photos, *flags]
+    environment = os.environ | dict(OMP_NUM_THREADS='1')
+    subprocess.run(command, cwd=home, env=environment, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Path(home, 'unet.pth'), seconds
 
 
-def load_test_photos(root):
-    """Return the color photos below `root` as PIL images. Raises UsageError if there are none."""
-    photos = []
-    for name in list_photos(root):
-        try:
-            photo = load_photo(os.path.join(root, name))
-        except OSError as error:
-            print(f'skipped {name!r}: {error}', file=sys.stderr)
-            continue
-        if not is_gray(pil_to_tensor(photo).permute(1, 2, 0)):
-            photos.append(photo)
-    if not photos:
-        raise UsageError(f'no color photo in {root} can be read; name another --val_path')
-    return photos
-
-
-def measure(photos, results):
-    """Return (PSNR in dB over all pixels, mean colorfulness) of `results`, given the true photos.
-
-    Both are iterables of PIL images.
-    """
-    errors, pixels, colorfulnesses = 0.0, 0, []
-    for photo, result in zip(photos, results, strict=True):
-        y = tensor(result)
-        errors += (y - tensor(photo)).square().sum(dtype=torch.float64).item()
-        pixels += y.numel()
-        colorfulnesses.append(colorfulness(y).item())
-    return psnr(errors / pixels), mean(colorfulnesses)
-
-
-class TestSet:
-    """The test photos, the PSNR of their gray copies, and their mean colorfulness."""
-
-    def __init__(self, root):
-        self.photos = load_test_photos(root)
-        copies = (photo.convert('L').convert('RGB') for photo in self.photos)
-        self.gray_psnr, _ = measure(self.photos, copies)
-        _, self.colorfulness = measure(self.photos, self.photos)
-
-    def test(self, net, saturation):
-        """Return the first four of COLUMNS for what predict.py makes of the photos with `net`."""
-        results = (colorize(net, photo, saturation=saturation) for photo in self.photos)
-        result_psnr, color = measure(self.photos, results)
-        return result_psnr, result_psnr - self.gray_psnr, color, 100 * color / self.colorfulness
-
-
-# ---------------------------------------------------------------------------- train
-
-
-def train(args, name, seed, folder):
-    """Train the variant in `folder`, and return its network and the seconds that it took.
-
-    Raises RuntimeError if colorize.py fails, which has printed why.
-    """
-    start = time.perf_counter()
-    flags = f'--val_fraction 0 --epochs {args.epochs} --seed {seed} {VARIANTS[name]}'.split()
-    flags += ['--data_path', os.path.abspath(args.data_path)]
-    command = [sys.executable, ROOT / 'colorize.py', *flags]
-    code = subprocess.call(command, cwd=folder, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - start
-    if code:
-        raise RuntimeError(f'the variant {name!r}: colorize.py ended with exit code {code}')
-    return load_weights(UNet(), os.path.join(folder, 'unet.pth')), seconds
-
-
-def train_and_test(args, test_set):
-    """Return a dict from (variant, saturation) to its rows, one for each seed."""
-    rows = {}
-    runs = [(name, seed) for name in args.variants for seed in args.seeds]
-    for name, seed in tqdm(runs, 'training', unit=' runs', disable=None):
-        with tempfile.TemporaryDirectory() as folder:
-            net, seconds = train(args, name, seed, folder)
-        for saturation in args.saturations:
-            row = *test_set.test(net, saturation), seconds
-            rows.setdefault((name, saturation), []).append(row)
-            values = zip(COLUMNS, row, strict=True)
-            line = ', '.join(f'{column} {value:.2f}' for column, value in values)
-            tqdm.write(f'{name}, seed {seed}, saturation {saturation:g}: {line}', file=sys.stderr)
-    return rows
-
-
-# ---------------------------------------------------------------------------- the table
-
-
-def print_row(*cells):
-    print('| ' + ' | '.join(cells) + ' |')
-
-
-def print_table(rows):
-    """Print mean and standard deviation of each (variant, saturation) as a Markdown table."""
-    columns = COLUMNS[: len(next(iter(rows.values()))[0])]
-    print_row('variant', 'saturation', 'seeds', *columns)
-    print_row(*['---'] * (3 + len(columns)))
-    for (name, saturation), values in rows.items():
-        cells = []
-        for column in zip(*values, strict=True):
-            spread = f' ± {stdev(column):.2f}' if len(column) > 1 else ''
-            cells.append(f'{mean(column):.2f}{spread}')
-        print_row(name, f'{saturation:g}', str(len(values)), *cells)
-
-
-def run(args):
-    if not args.weights:
-        list_photos(args.data_path)  # refuses a wrong folder before anything is read or trained
-    test_set = TestSet(args.val_path)
-    print(
-        f'{len(test_set.photos)} color photos: gray copy {test_set.gray_psnr:.2f} dB, '
-        f'colorfulness of the truth {test_set.colorfulness:.2f}',
-        flush=True,
-    )
-    if args.weights:
-        net = load_weights(UNet(), args.weights)
-        rows = {(args.weights, s): [test_set.test(net, s)] for s in args.saturations}
-        print_table(rows)
-    else:
-        print_table(train_and_test(args, test_set))
+def summarize(name, rows):
+    """Print the mean of a version's rows, with the deviation between its seeds."""
+    cells = [
+        f'{mean(values):+.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+        for values in zip(*rows, strict=True)
+    ]
+    print(f'| {name} | all | ' + ' | '.join(cells) + ' |', flush=True)
 
 
 def main():
-    try:
-        run(parse_args())
-        return 0
-    except (UsageError, RuntimeError) as error:
-        print(f'quality.py: {error}', file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print('quality.py: stopped; each finished run is printed above', file=sys.stderr)
-        return 130
+    parser = cli.ArgumentParser('quality.py', __doc__)
+    add = parser.add_argument
+    add('train', help='a folder of photos to train on')
+    add('test', help='a folder of photos to measure on')
+    add('--against', type=Path, help='another checkout, measured in turns with this one')
+    add('--seeds', type=cli.nonnegative_int, nargs='+', default=[0], help='of colorize.py')
+    args, flags = parser.parse_known_args()
+    torch.set_num_threads(1)
+    photos = load_photos(args.test)
+    versions = dict(here=HERE) | (dict(earlier=args.against.absolute()) if args.against else {})
+    rows = {name: [] for name in versions}
+    print('| version | seed | gain in dB | % of colorfulness | gain at 90 % | seconds of a core |')
+    print('|---|---|---|---|---|---|')
+    for seed in args.seeds:
+        for name, checkout in versions.items():
+            with tempfile.TemporaryDirectory() as home:
+                words = ['--val_fraction', '0', '--seed', str(seed), *flags]
+                weights, seconds = train(checkout, os.path.abspath(args.train), words, home)
+                rows[name].append((*measure(weights, photos), seconds))
+            gain, colorful, at_90, _ = rows[name][-1]
+            cells = f'{gain:+.2f} | {colorful:.0f} | {at_90:+.2f} | {seconds:.0f}'
+            print(f'| {name} | {seed} | {cells} |', flush=True)
+    for name in versions:
+        summarize(name, rows[name])
+    return 0
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def demo_picture(home):
     net, columns = load_weights(UNet(), home / 'unet.pth'), []
     for kind in KINDS:
         paths = sorted((home / 'data/demo' / kind).glob('*.jpg'))
-        names = argparse.Namespace(names=[f'{kind}/{path.name}' for path in paths], root=kind)
+        names = [f'{kind}/{path.name}' for path in paths]
         photo = load_photo(paths[split(names, 0.1)[1][0]])
         columns.append([photo.convert('L').convert('RGB'), colorize(net, photo), photo])
     width, height = photo.size

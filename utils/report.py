@@ -100,7 +100,7 @@ def print_end(folder, progress, shown, photos):
     none if the run was finished before; `photos` is what to colorize after that.
     """
     if not shown:
-        print0(f'{folder.path} has its {progress.epoch} epochs; more --epochs make it go on')
+        print0(f'{folder.path} is finished at epoch {progress.epoch}; more --epochs make it go on')
     if not folder.weights.exists():
         print0(f'{folder.weights} was removed; more --epochs make new weights')
         return
@@ -111,6 +111,6 @@ def print_end(folder, progress, shown, photos):
     option = [] if weights == folder.latest else ['--weights', str(weights)]
     print0('Next:\n    tensorboard --logdir runs --port 8898    # then open http://localhost:8898')
     if shown:
-        words = [*shown, *option, '--compare', '--output', 'compared']
+        words = [*shown, *option, '--compare', '--output', 'compared', '--overwrite']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
     print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')
