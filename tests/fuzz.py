@@ -38,10 +38,8 @@ from damage import damaged  # noqa: E402
 
 import colorize  # noqa: E402
 import predict  # noqa: E402
-from data_utils import PhotoFolder  # noqa: E402
+from data_utils import read_photos  # noqa: E402
 from demo_landscapes import draw_landscapes  # noqa: E402
-from unet import UNet  # noqa: E402
-from utils.checkpoint import load_checkpoint  # noqa: E402
 from utils.cli import UsageError  # noqa: E402
 from utils.device import Precision  # noqa: E402
 
@@ -117,30 +115,15 @@ def check_photo(sources, seed, item, folder):
     """Train on a damaged photo, and colorize it."""
     rng = random.Random(f'{seed} photo {item}')
     name = rng.choice(sorted(sources))
-    photos, output = folder / 'photos', folder / 'colorized'
-    path = photos / f'photo.{name}'
+    path = folder / 'photos' / f'photo.{name}'
     path.write_bytes(damaged(sources[name], rng))
     try:
-        photo, reason = PhotoFolder(photos, 32).try_item(0)
-        assert reason or photo.shape == (32, 32, 3) and photo.dtype == torch.uint8
-        code = predict.main(
-            [
-                str(path),
-                '--output',
-                str(output),
-                '--size',
-                '32',
-                '--device',
-                'cpu',
-                '--weights',
-                str(folder / 'unet.pth'),
-            ]
-        )
-        assert code in (0, 1), code
-        return REFUSED if code else TAKEN
+        with contextlib.suppress(UsageError):  # it is left out, and no other is there
+            photos = read_photos(path.parent, [path.name], 0, 32, torch.device('cpu'))
+            assert photos.pixels.shape == (1, 32, 32, 3) and photos.training == [0]
+        return colorize_with(folder / 'unet.pth', path, folder)
     finally:
         path.unlink()
-        shutil.rmtree(output, ignore_errors=True)
 
 
 def encode_photos(photo):
@@ -160,75 +143,42 @@ def check_weights(sources, seed, item, folder):
     """Colorize with damaged weights, or train on from a damaged checkpoint."""
     rng = random.Random(f'{seed} weights {item}')
     name = rng.choice(sorted(sources))
-    harm = rng.choice([damaged, damage_pickle])
     path = folder / 'photos' / name
-    path.write_bytes(harm(sources[name], rng))
+    path.write_bytes(damaged(sources[name], rng))
     try:
-        return (resume if name == 'checkpoint.pth' else colorize_with)(path, folder)
+        if name == 'unet.pth':
+            return colorize_with(path, folder / 'drawing.png', folder)
+        return resume(path)
     finally:
         path.unlink()
 
 
-def damage_pickle(data, rng):
-    """Return a file of torch.save (bytes) whose pickle alone is damaged: its checksum is right."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(content, 'w') as new:
-        for member in old.infolist():
-            part = old.read(member)
-            new.writestr(
-                member.filename, damaged(part, rng) if member.filename.endswith('.pkl') else part
-            )
-    return content.getvalue()
-
-
-def colorize_with(path, folder):
-    """Colorize a photo with the weights at `path`."""
+def colorize_with(weights, photo, folder):
+    """Colorize a photo with the weights."""
     output = folder / 'colorized'
+    words = [photo, '--output', output, '--size', 32, '--device', 'cpu', '--weights', weights]
     try:
-        code = predict.main(
-            [
-                str(folder / 'drawing.png'),
-                '--output',
-                str(output),
-                '--size',
-                '32',
-                '--device',
-                'cpu',
-                '--weights',
-                str(path),
-            ]
-        )
+        code = predict.main([str(word) for word in words])
         assert code in (0, 1, 2), code
         return REFUSED if code else TAKEN
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
 
-def resume(path, _):
+def resume(path):
     """Make a step from the checkpoint at `path`."""
-    settings = new_settings()
+    state = new_state()
     try:
-        checkpoint = load_checkpoint(path, UNet(), settings)
-        colorize.parse_args([], checkpoint['settings'])
+        state.load(path)
     except UsageError:
         return REFUSED
-    except SystemExit as end:
-        assert end.code == 2
-        return REFUSED
-    state = new_state()
-    state.restore(checkpoint)
     make_a_step(state)
     return TAKEN
 
 
-def new_settings():
-    args = colorize.parse_args([])
-    return {name: getattr(args, name) for name in colorize.SETTINGS} | dict(photos='280 (0123abcd)')
-
-
 def new_state():
-    recipe = colorize.Recipe(Precision(), lr=1e-3)
-    return colorize.new_state(new_settings(), recipe, torch.device('cpu'))
+    args, cpu = colorize.parse_args([]), torch.device('cpu')
+    return colorize.new_state(args, ['a.jpg'], cpu, Precision())
 
 
 def make_a_step(state):

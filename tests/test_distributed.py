@@ -51,11 +51,11 @@ def torchrun(processes, folder, *words):
 
 
 def test_any_number_of_processes_gives_the_same_run(flags, tmp_path):
-    """Three processes that stream give what one gives, and two go on from there."""
+    """Three processes give what one gives, and two go on from there."""
     alone, three = tmp_path / 'alone', tmp_path / 'three'
     alone.mkdir()
     assert call(alone, *flags, '--epochs', 1) == 0
-    done = torchrun(3, three, *flags, '--epochs', '1', '--stream')
+    done = torchrun(3, three, *flags, '--epochs', '1')
     assert done.returncode == 0, done.stderr
     # one process prints, logs and saves
     assert done.stdout.count('Next:') == done.stdout.count(' 1/1 ') == 1

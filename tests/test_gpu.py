@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import colorize
-from data_utils import PhotoFolder, PhotoLoader, load_photos
+from data_utils import batches, read_photos
 from unet import UNet
 from utils.cli import explain_error
 from utils.device import Precision, channels_last, check_compiler, choose_device, free_memory
+from utils.muon import Muon
+from utils.photos import list_photos
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 PRECISIONS = ['fp32', 'bf16', 'fp16']
@@ -21,10 +23,10 @@ def device():
 def new_network(device):
     torch.manual_seed(0)
     net = channels_last(UNet(), device)
-    return net, torch.optim.Adam(net.parameters(), 1e-4, fused=True)
+    return net, Muon(net.parameters(), 1e-4)
 
 
-def batches(device, sizes=(4, 4, 2), image_size=32):
+def drawn_batches(device, sizes=(4, 4, 2), image_size=32):
     torch.manual_seed(1)
     loader = []
     for size in sizes:
@@ -39,7 +41,7 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
     first, last = [], []
     for home, precision in (torch.device('cpu'), 'fp32'), (device, name):
         net, optimizer = new_network(home)
-        recipe, loader = colorize.Recipe(Precision(precision, home)), batches(home)
+        recipe, loader = colorize.Recipe(Precision(precision, home)), drawn_batches(home)
         losses = [
             colorize.train_epoch(net, optimizer, loader, colorize.Progress(), recipe)
             for _ in range(6)
@@ -54,11 +56,11 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
 @pytest.mark.parametrize('name', PRECISIONS)
 def test_a_step_does_not_wait_for_the_gpu(device, name):
     net, optimizer = new_network(device)
-    recipe, (batch, *_) = colorize.Recipe(Precision(name, device)), batches(device)
-    colorize.train_step(net, optimizer, recipe, batch, 4)  # the first one prepares
+    recipe, ((x, y), *_) = colorize.Recipe(Precision(name, device)), drawn_batches(device)
+    colorize.train_step(net, optimizer, x, y, 4, recipe)  # the first one prepares
     torch.cuda.set_sync_debug_mode('error')
     try:
-        colorize.train_step(net, optimizer, recipe, batch, 4)
+        colorize.train_step(net, optimizer, x, y, 4, recipe)
     finally:
         torch.cuda.set_sync_debug_mode('default')
 
@@ -67,9 +69,9 @@ def test_a_step_does_not_wait_for_the_gpu(device, name):
 def test_a_step_without_a_photo(device, name):
     net, optimizer = new_network(device)
     before = [weight.clone() for weight in net.parameters()]
-    x, y = batches(device, [0])[0]
+    x, y = drawn_batches(device, [0])[0]
     recipe = colorize.Recipe(Precision(name, device))
-    assert colorize.train_step(net, optimizer, recipe, (x, y), 4).item() == 0
+    assert colorize.train_step(net, optimizer, x, y, 4, recipe).item() == 0
     assert all(map(torch.equal, before, net.parameters()))
 
 
@@ -81,19 +83,18 @@ def test_compiled_steps_are_the_same_steps(device, kwargs):
         net, optimizer = new_network(device)
         if compiled:
             net.compile(dynamic=False, **kwargs)
-        losses.append(colorize.train(net, optimizer, batches(device), epochs=3))
+        losses.append(colorize.train(net, optimizer, drawn_batches(device), epochs=3))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.parametrize('home', ['GPU', 'host', 'disk'])
+@pytest.mark.parametrize('home', ['GPU', 'host'])
 def test_batches_are_those_of_a_run_on_the_cpu(drawings, device, home):
-    folder = PhotoFolder(drawings, 16, num_workers=0)
-    in_memory = load_photos(folder, torch.device('cpu'))
-    photos = dict(GPU=load_photos(folder, device), host=in_memory, disk=folder)[home]
-    expected = PhotoLoader(in_memory, range(50), 8, seed=3)
-    for (x, y), (x1, y1) in zip(
-        PhotoLoader(photos, range(50), 8, device, seed=3), expected, strict=True
-    ):
+    names, cpu = list_photos(drawings), torch.device('cpu')
+    on_host = read_photos(drawings, names, 0.1, 16, cpu)
+    photos = read_photos(drawings, names, 0.1, 16, device) if home == 'GPU' else on_host
+    assert photos.pixels.is_cuda == (home == 'GPU')
+    theirs = batches(photos, range(50), 8, device, seed=3)
+    for (x, y), (x1, y1) in zip(theirs, batches(on_host, range(50), 8, cpu, seed=3), strict=True):
         assert y.device.type == 'cuda'
         # a GPU multiplies by 1/255, whose last bit differs from a division's
         torch.testing.assert_close((x.cpu(), y.cpu()), (x1, y1), rtol=0, atol=1e-6)
@@ -106,16 +107,16 @@ def test_too_large_a_batch_names_a_smaller_one(device):
     assert code == 1 and line.endswith('try --batch_size 16 or less')
 
 
-@pytest.mark.parametrize('first, second', [('fp16', 'bf16'), ('bf16', 'fp16')])
-def test_a_run_goes_on_in_another_precision(drawings, run, first, second):
-    flags = '--data_path', drawings, '--image_size', 32, '--device', 'cuda', '--resume'
-    for epochs, precision in (1, first), (2, second):
-        done = run('colorize.py', *flags, '--epochs', epochs, '--precision', precision)
-        assert done.stderr == '' and f'\n   {epochs}/{epochs} ' in done.stdout
-
-
-def test_a_run_that_began_on_a_cpu_goes_on(drawings, run):
-    flags = '--data_path', drawings, '--image_size', 32, '--resume', '--stream'
-    for epochs, device in (1, 'cpu'), (2, 'cuda'):
-        done = run('colorize.py', *flags, '--epochs', epochs, '--device', device)
+@pytest.mark.parametrize(
+    'first, second',
+    [
+        ('--precision fp16', '--precision bf16'),
+        ('--precision bf16', '--precision fp16'),
+        ('--device cpu', '--device cuda'),
+    ],
+)
+def test_a_run_goes_on_in_another_precision_and_elsewhere(drawings, run, first, second):
+    flags = '--data_path', drawings, '--image_size', 32, '--resume', '--epochs'
+    for epochs, other in (1, first), (2, second):
+        done = run('colorize.py', *flags, epochs, *other.split())
         assert done.stderr == '' and f'\n   {epochs}/{epochs} ' in done.stdout
