@@ -156,7 +156,7 @@ def test_a_finished_run_goes_on_to_more_epochs(train, tmp_path):
     train('--resume', '--epochs', 1)
     before, first = (tmp_path / CHECKPOINT).read_bytes(), curves(tmp_path)
     printed = train('--resume', '--epochs', 1).out
-    assert printed.startswith('runs/UNet has its 1 epochs; more --epochs make it go on\n')
+    assert printed.startswith('runs/UNet is finished at epoch 1; more --epochs make it go on\n')
     assert 'Next:' in printed and (tmp_path / CHECKPOINT).read_bytes() == before
     train('--resume', '--epochs', 2)
     assert steps_in(tmp_path / CHECKPOINT) == (6, 6)
@@ -172,7 +172,7 @@ def test_a_finished_run_goes_on_to_more_epochs(train, tmp_path):
         (['--seed', 1], '--seed 0'),
         (['--val_fraction', 0.5], '--val_fraction 0.25'),
         (['--colorfulness_weight', 0], '--colorfulness_weight 0.025'),
-        (['--demo', '--name', 'UNet'], 'no --demo'),
+        (['--demo', '--name', 'UNet'], '--demo False'),
         (['--data_path', 'lake'], r'--data_path of 56 photos \([0-9a-f]{8}\)'),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_setting_that_contradicts_the_checkpoint_is_refused(
     before = (folder / CHECKPOINT).read_bytes(), sorted(folder.rglob('*'))
     (tmp_path / 'lake').symlink_to(drawings / 'lake')
     printed = train('--resume', '--epochs', 5, *flags, code=2)
-    line = f'colorize.py: --resume: {CHECKPOINT} was trained with {trained}, not with .*: give that'
+    line = f'colorize.py: --resume: {CHECKPOINT} was trained with {trained}, not .*: give that'
     assert re.fullmatch(f'{line}, or another --name\n', printed.err), printed.err
     assert ((folder / CHECKPOINT).read_bytes(), sorted(folder.rglob('*'))) == before
     assert printed.out == '' and not (tmp_path / 'unet.pth').exists()
