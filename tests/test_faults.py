@@ -5,7 +5,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -37,16 +36,14 @@ def folder(trained, tmp_path):
 
 
 @pytest.fixture
-def fault(folder, monkeypatch, capfd):
-    """fault(flags..., code=1): the lines on stderr, of which no other thread may have a part."""
-    raised = []
-    monkeypatch.setattr(threading, 'excepthook', raised.append)
+def fault(folder, capfd):
+    """fault(flags..., code=1): the lines on stderr."""
 
     def fault(*flags, code=1, cwd=folder):
         capfd.readouterr()
         ended = call(cwd, *FLAGS, *flags)
         errors = capfd.readouterr().err
-        assert ended == code and raised == [] and 'Traceback' not in errors, errors
+        assert ended == code and 'Traceback' not in errors, errors
         return errors.splitlines()
 
     return fault

@@ -145,7 +145,7 @@ class Laptop:
             input=''.join(f'{line}\n' for line in lines),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

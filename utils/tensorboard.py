@@ -29,7 +29,8 @@ def harmless():
     try:
         yield
     except Exception as error:
-        print0(f'warning: TensorBoard: {error}; training goes on', file=sys.stderr)
+        reason = ' '.join(str(error).split())
+        print0(f'warning: TensorBoard: {reason}; training goes on', file=sys.stderr)
 
 
 class Page:
