@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import TemplateUNet, is_same
+from helpers import TemplateUNet, is_same, load
 
 from unet import UNet
 from utils import checkpoint
@@ -56,14 +56,14 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, st
         monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match='a.pth was not saved: No space left on device'):
         atomic_save(2, path)
-    assert torch.load(path) == 1 and list(tmp_path.iterdir()) == [path]
+    assert load(path) == 1 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_is_followed(tmp_path):
     (tmp_path / 'disk').mkdir()
     (tmp_path / 'a.pth').symlink_to('disk/b.pth')
     atomic_save(1, tmp_path / 'a.pth')
-    assert (tmp_path / 'a.pth').is_symlink() and torch.load(tmp_path / 'disk/b.pth') == 1
+    assert (tmp_path / 'a.pth').is_symlink() and load(tmp_path / 'disk/b.pth') == 1
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path):

@@ -82,7 +82,7 @@ def folder_name(text):
 
 def print_any_name():
     """Let standard output take the names of files, which need not be text."""
-    if sys.stdout:
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
         sys.stdout.reconfigure(errors='backslashreplace')
 
 
