@@ -257,9 +257,9 @@ def go_on_in_tmux(laptop):
     said = laptop.type_there(
         CD,
         from_page("tmux new -d -s colorize 'python colorize.py --resume; bash'"),
-        "until tmux capture-pane -J -p -t colorize | grep 'runs/UNet has'; do sleep 0.3; done",
+        "for _ in {1..200}; do tmux capture-pane -J -p -t colorize | grep 'runs/UNet is' && break; sleep 0.3; done",
     )
-    assert 'runs/UNet has its 2 epochs; more --epochs make it go on' in said
+    assert 'runs/UNet is finished at epoch 2; more --epochs make it go on' in said
 
 
 def switch_off(laptop, there):
