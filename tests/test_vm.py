@@ -257,7 +257,8 @@ def go_on_in_tmux(laptop):
     said = laptop.type_there(
         CD,
         from_page("tmux new -d -s colorize 'python colorize.py --resume; bash'"),
-        "for _ in {1..200}; do tmux capture-pane -J -p -t colorize | grep 'runs/UNet is' && break; sleep 0.3; done",
+        'for _ in {1..200}; do sleep 0.5',
+        "tmux capture-pane -J -p -t colorize | grep 'runs/UNet is' && break; done",
     )
     assert 'runs/UNet is finished at epoch 2; more --epochs make it go on' in said
 
