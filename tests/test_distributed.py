@@ -1,164 +1,136 @@
-"""Several processes on one CPU, as torchrun starts them."""
+"""Several processes on one CPU: forked, which costs little, and as torchrun starts them."""
 
-import os
+import json
+import runpy
 import signal
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from helpers import CHECKPOINT, FLAGS, ROOT, TAGS, WEIGHTS, call, events, load, series
+import torch
+from helpers import CHECKPOINT, ENVIRONMENT, FLAGS, ROOT, TAGS, call, curves, differences, load
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-# of the 43 photos, the last batch has one: all processes but one get none of it
-BATCHES = ['--batch_size', '14', '--precision', 'fp32', '--resume']
+from utils.cli import explain_error
+
+# colorize.py, but rank 1 gets a signal after its fifth step: the first of the second epoch
+SIGNALED = """
+import json, os, signal, socket, sys
+import colorize
+from utils import distributed
+steps, signum = [], 0
+
+def train_step(*args, train_step=colorize.train_step):
+    steps.append(train_step(*args))
+    if signum and distributed.rank == 1 and len(steps) == 5:
+        signal.raise_signal(signum)
+    return steps[-1]
+
+colorize.train_step = train_step
+"""
+
+RESTARTED = f"""{SIGNALED}
+if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    signum = signal.SIGKILL
+distributed.exit(colorize.main())
+"""
+
+# makes runs (folder, machines, processes of each, signal, flags), and prints their exit codes
+FORKED = f"""{SIGNALED}
+def run(folder, machines, processes, rank, port, flags):
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    distributed.rank, distributed.world_size = rank, machines * processes
+    distributed.local_rank, distributed.local_world_size = rank % processes, processes
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(distributed.world_size))
+    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    distributed.exit(colorize.main(flags))
+
+for folder, machines, processes, signum, flags in json.loads(sys.argv[1]):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    children = []
+    for rank in range(machines * processes):
+        children.append(os.fork())
+        if not children[-1]:
+            run(folder, machines, processes, rank, port, flags)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print('exit codes', codes, flush=True)
+"""
 
 
 @pytest.fixture(scope='module')
 def flags(drawings):
-    return ['--data_path', str(drawings), *FLAGS, *BATCHES]
+    # of the 43 photos, the last batch has one: all processes but one get none of it
+    others = '--batch_size 14 --precision fp32 --epochs 2 --resume'
+    return ['--data_path', str(drawings), *FLAGS, *others.split()]
+
+
+def start(folder, *words):
+    """Return what a Python program printed in `folder`; it must end without an error."""
+    options = dict(cwd=folder, env=ENVIRONMENT | dict(TMPDIR=str(folder)), timeout=240)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([sys.executable, *words], **options, **pipes)
+    assert done.returncode == 0 and not list(folder.glob('photos_*')), done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope='module')
-def whole(flags, tmp_path_factory):
-    """The folder of a run of two processes that nothing stopped."""
-    folder = tmp_path_factory.mktemp('whole')
-    done = torchrun(2, folder, *flags)
-    assert done.returncode == 0, done.stderr
-    return folder
+def ran(flags, tmp_path_factory):
+    """The folders of three runs, two of which were stopped and went on; and what they printed."""
+    folder = tmp_path_factory.mktemp('ran')
+    runs = [
+        ('whole', 1, 2, 0, flags),
+        ('stopped', 1, 2, signal.SIGTERM, flags),
+        ('stopped', 1, 2, 0, flags),
+        ('many', 1, 3, signal.SIGTERM, flags),
+        ('many', 2, 2, 0, flags),
+        ('many', 1, 2, 0, [*flags, '--seed', '1']),
+    ]
+    return folder, start(folder, '-c', FORKED, json.dumps(runs))
 
 
-def difference(a, b):
-    """Return the largest of all layers' mean differences between the runs in two folders.
-
-    Single weights may differ more: where a gradient is nearly 0, Adam makes steps of its rounding.
-    """
-    a, b = load(a / CHECKPOINT)['net'], load(b / CHECKPOINT)['net']
-    return max((a[name] - b[name]).abs().mean().item() for name in a)
-
-
-def torchrun(processes, folder, *words):
-    folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [*TORCHRUN, f'--nproc_per_node={processes}', ROOT / 'colorize.py', *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def test_a_stop_reaches_all_processes_of_which_one_prints(ran):
+    folder, text = ran
+    assert differences(folder / 'stopped', folder / 'whole') == []
+    lines = text.splitlines()
+    codes = [0, 0], [143, 143], [0, 0], [143, 143, 143], [0, 0, 0, 0], [2, 1]
+    assert [line for line in lines if 'exit codes' in line] == [f'exit codes {c}' for c in codes]
+    assert [text.count(words) for words in (' 1/2 ', ' 2/2 ', 'Next:')] == [3, 3, 3]
+    assert text.count('stopped in epoch 2 after step 1; to go on: torchrun --nproc') == 2
+    # only rank 0 sees why it is refused, and that ends the other
+    refused, lost = sorted(line for line in lines if line.startswith('colorize.py: '))
+    assert refused.startswith(f'colorize.py: --resume: {CHECKPOINT} was trained with --seed 0')
+    assert lost.startswith('colorize.py: another process of this run has ended: ')
 
 
-def test_any_number_of_processes_gives_the_same_run(flags, tmp_path):
-    """Three processes give what one gives, and two go on from there."""
-    alone, three = tmp_path / 'alone', tmp_path / 'three'
-    alone.mkdir()
-    assert call(alone, *flags, '--epochs', 1) == 0
-    done = torchrun(3, three, *flags, '--epochs', '1')
-    assert done.returncode == 0, done.stderr
-    # one process prints, logs and saves
-    assert done.stdout.count('Next:') == done.stdout.count(' 1/1 ') == 1
-    assert len(list((three / 'runs/UNet').glob('events*'))) == 1
-    assert difference(alone, three) < 1e-5
-    ours, theirs = (events(folder / 'runs/UNet') for folder in (alone, three))
+def test_any_number_of_processes_gives_the_same_run(ran, flags, tmp_path):
+    """Three, and two on each of two machines, which go on from there."""
+    folder, _ = ran
+    assert call(tmp_path, *flags) == 0
+    alone, many = (load(folder / CHECKPOINT)['net'] for folder in (tmp_path, folder / 'many'))
+    for name, weight in alone.items():
+        # a single weight may differ more: where a gradient is nearly 0, Adam's step is rounding
+        assert (weight - many[name]).abs().mean() < 1e-4
+    alone, many = curves(tmp_path), curves(folder / 'many')
     for tag in TAGS - {'photos per second'}:
-        assert series(ours, tag) == [(1, pytest.approx(series(theirs, tag)[0][1], rel=1e-3))]
-
-    done = torchrun(2, three, *flags, '--epochs', '2')
-    assert done.returncode == 0, done.stderr
-    assert call(alone, *flags, '--epochs', 2) == 0
-    assert difference(alone, three) < 1e-4
+        assert many[tag] == [(step, pytest.approx(value, rel=1e-3)) for step, value in alone[tag]]
 
 
-def worker(rank, parent):
-    """The process id of that rank below the torchrun `parent`; None while it is not there."""
-    for children in Path(f'/proc/{parent}/task').glob('*/children'):
-        for pid in children.read_text().split():
-            if f'\0LOCAL_RANK={rank}\0' in Path(f'/proc/{pid}/environ').read_text():
-                return int(pid)
-    return None
+def test_a_killed_process_is_restarted_and_nothing_is_lost(ran, flags, tmp_path):
+    (tmp_path / 'restarted.py').write_text(RESTARTED)
+    launcher = '-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1'
+    text = start(tmp_path, *launcher.split(), 'restarted.py', *flags)
+    assert text.count('photos to train on') == 2 and text.count(' 1/2 ') == 1, text
+    assert differences(tmp_path, ran[0] / 'whole') == []
 
 
-def end(launcher):
-    """Kills a torchrun and its processes, which are sessions of their own."""
-    for pid in [worker(0, launcher.pid), worker(1, launcher.pid), launcher.pid]:
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-
-
-@contextmanager
-def launched(folder, *command):
-    """A running torchrun whose lines can be read; a run that hangs is killed, and so ends."""
-    folder.mkdir()
-    with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
-        limit = threading.Timer(500, end, [launcher])
-        limit.start()
-        try:
-            yield launcher
-        finally:
-            limit.cancel()
-            if launcher.poll() is None:
-                end(launcher)
-
-
-needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='needs /proc')
-
-
-def lines_until_the_end(launcher, number):
-    """Read the lines of a torchrun, and signal its process of rank 1 after the first epoch."""
-    lines = []
-    for line in launcher.stdout:
-        lines.append(line)
-        if ' 1/4 ' in line and sum(' 1/4 ' in line for line in lines) == 1:
-            os.kill(worker(1, launcher.pid), number)
-    return lines
-
-
-@needs_proc
-def test_a_killed_process_is_restarted_and_nothing_is_lost(flags, whole, tmp_path):
-    with launched(
-        tmp_path / 'killed',
-        *TORCHRUN,
-        '--nproc_per_node=2',
-        '--max-restarts=1',
-        ROOT / 'colorize.py',
-        *flags,
-    ) as launcher:
-        output = ''.join(lines_until_the_end(launcher, signal.SIGKILL))
-        assert launcher.wait(60) == 0, output
-    assert output.count('photos to train on') == 2, output  # started twice
-    assert difference(whole, tmp_path / 'killed') == 0
-    ours, killed = (events(folder / 'runs/UNet') for folder in (whole, tmp_path / 'killed'))
-    for tag in TAGS - {'photos per second'}:
-        assert series(killed, tag) == series(ours, tag)
-
-
-@needs_proc
-def test_a_stop_reaches_all_processes_at_the_same_step(flags, whole, tmp_path):
-    stopped = tmp_path / 'stopped'
-    with launched(
-        stopped, *TORCHRUN, '--nproc_per_node=2', ROOT / 'colorize.py', *flags
-    ) as launcher:
-        output = ''.join(lines_until_the_end(launcher, signal.SIGTERM))  # one is told, both stop
-    assert output.count('stopped in epoch') == 1, output
-    assert 'colorize.py", line' not in output  # a traceback, but for torchrun's own
-    done = torchrun(2, stopped, *flags)
-    assert done.returncode == 0, done.stderr
-    assert difference(whole, stopped) == 0
-    assert (whole / WEIGHTS).read_bytes() == (stopped / WEIGHTS).read_bytes()
-
-
-def test_a_part_of_another_launcher_s_environment(run, drawings):
-    environ = os.environ | dict(WORLD_SIZE='2', RANK='', LOCAL_RANK='')
-    done = run('colorize.py', '--data_path', drawings, *FLAGS, code=2, env=environ)
-    assert done.stderr.startswith('colorize.py: ') and done.stderr.count('\n') == 1
-    assert done.stderr.endswith('; start with torchrun, or unset RANK and WORLD_SIZE\n')
-
-
-def test_a_process_that_fails_ends_the_others_with_its_reason(flags, tmp_path):
-    done = torchrun(2, tmp_path / 'other', *flags, '--data_path', 'nowhere')
-    assert done.returncode != 0
-    assert 'colorize.py: no such folder: nowhere' in done.stderr
+def test_a_part_of_another_launcher_s_environment(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '')
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    module = runpy.run_path(str(ROOT / 'utils/distributed.py'))
+    assert (module['rank'], module['world_size']) == (0, 2)
+    with pytest.raises(ValueError) as error:
+        module['init'](torch.device('cpu'))
+    code, line = explain_error(error.value)
+    assert code == 2 and line.endswith('; start with torchrun, or unset RANK and WORLD_SIZE')

@@ -44,7 +44,7 @@ def test_a_gpu_learns_what_a_cpu_learns(device, name):
         recipe, loader = colorize.Recipe(Precision(precision, home)), drawn_batches(home)
         losses = [
             colorize.train_epoch(net, optimizer, loader, colorize.Progress(), recipe)
-            for _ in range(6)
+            for _ in range(9)
         ]
         first.append(losses[0])
         last.append(losses[-1])

@@ -1,12 +1,10 @@
 """Which folder a run gets, and that no weights are lost."""
 
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
-from helpers import ROOT
 
 from unet import UNet
 from utils.checkpoint import save_weights
@@ -53,20 +51,23 @@ def test_a_start_that_saved_nothing_does_not_use_up_the_name(tmp_path):
     assert open_run(tmp_path) == 'UNet'
 
 
-def test_another_process_s_run_is_refused_until_it_ends(tmp_path):
-    make_runs(tmp_path, 'UNet')
-    code = (
-        'import sys; from utils.run import RunFolder\n'
-        'folder = RunFolder(sys.argv[1], None, "UNet", True); print("held", flush=True); input()'
-    )
-    words = [sys.executable, '-c', code, str(tmp_path)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(words, cwd=ROOT, **pipes) as other:
-        assert other.stdout.readline() == 'held\n'
-        with pytest.raises(UsageError, match='another process is training in .*UNet; wait'):
-            open_run(tmp_path, resume=True)
-        other.communicate('\n')
-    assert open_run(tmp_path, resume=True) == 'UNet'
+def test_another_process_s_run_is_its_own_until_that_ends(tmp_path):
+    ours, its = os.pipe()
+    other = os.fork()
+    if not other:
+        try:
+            folder = RunFolder(tmp_path, None, 'UNet', False)
+            os.write(its, folder.path.name.encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    assert os.read(ours, 9) == b'UNet'
+    with pytest.raises(UsageError, match='another process is training in .*/UNet; wait for its'):
+        open_run(tmp_path, resume=True)
+    assert open_run(tmp_path) == 'UNet_2'
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    assert open_run(tmp_path, 'UNet', resume=True) == 'UNet'
 
 
 def names(home):
@@ -83,6 +84,17 @@ def test_weights_that_are_no_run_s_are_renamed_once(tmp_path, capsys):
     (tmp_path / 'unet.pth').write_text('0')  # as in runs/UNet
     open_run(tmp_path, 'new', resume=True)
     assert (tmp_path / 'unet.pth').read_text() == '0'
+
+
+def test_weights_behind_a_link_are_renamed_there(tmp_path, capsys):
+    (tmp_path / 'shared').mkdir()
+    (tmp_path / 'shared/best.pth').write_text('from a friend')
+    (tmp_path / 'unet.pth').symlink_to('shared/best.pth')
+    folder = RunFolder(tmp_path, None, 'UNet', False)
+    save_weights(UNet(), folder.latest, folder.weights, lock_path=folder.lock_path)
+    assert (tmp_path / 'unet.pth').is_symlink()
+    assert (tmp_path / 'shared/best_1.pth').read_text() == 'from a friend'
+    assert (tmp_path / 'shared/best.pth').read_bytes() == folder.weights.read_bytes()
 
 
 def test_weights_without_their_checkpoint_are_kept(tmp_path):
