@@ -184,6 +184,12 @@ def allocate(shape):
                 'in the environment as TMPDIR, or give a smaller --image_size'
             )
         file, path = tempfile.mkstemp(prefix='photos_')
+        try:
+            if hasattr(os, 'posix_fallocate'):  # else a disk that fills up later ends the process
+                os.posix_fallocate(file, 0, size)
+        except OSError:
+            os.unlink(path)
+            raise
         os.close(file)
     # ranks of one machine follow each other
     path = distributed.all_gather(path)[distributed.rank - distributed.local_rank]

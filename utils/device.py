@@ -57,7 +57,8 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # of triton, of a C compiler, of a Python too new for this torch
-        reason = str(error).strip().splitlines()[0]
+        lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
+        reason = lines[0] if lines else repr(error)
         raise UsageError(
             f'--compile: {reason}; sudo apt-get install -y build-essential python3-dev may help, '
             'or leave --compile out'
