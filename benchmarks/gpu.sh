@@ -16,8 +16,8 @@ photos=$(realpath "$1")
 cd "$(dirname "$0")/.." || exit
 home=$(mktemp -d)
 trap 'rm -rf "$home"' EXIT
-sizes=(224 64 32) epochs=2 batch=32
-if [ "${2:-}" = --small ]; then sizes=(16) epochs=1 batch=4; fi
+sizes=(224 64 32) epochs=4 batch=32 kinds=('--precision fp32' '--precision fp16' --compile)
+if [ "${2:-}" = --small ]; then sizes=(16) epochs=1 batch=4 kinds=('--precision fp32'); fi
 
 failed=0
 part() {  # command...: its last lines, on one screen with all others
@@ -35,6 +35,10 @@ part python benchmarks/gpu.py empty --image_size "${sizes[0]}"
 for size in "${sizes[@]}"; do
     part python benchmarks/gpu.py profile --image_size "$size" --batch_size $batch
     part python benchmarks/speed.py steps --image_size "$size" --batch_size $batch
+done
+for flags in "${kinds[@]}"; do
+    # shellcheck disable=SC2086  # a flag and its value are two words
+    part python benchmarks/speed.py steps --image_size "${sizes[0]}" --batch_size $batch $flags
 done
 part python benchmarks/speed.py training --data_path "$photos" --image_size "${sizes[0]}" \
     --repeat 1 --epochs $epochs --batch_size $batch

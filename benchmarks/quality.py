@@ -1,23 +1,27 @@
 """How good the colors are: trains, then measures what predict.py makes of photos never seen.
 
     python benchmarks/quality.py TRAIN TEST --epochs 4
+    python benchmarks/quality.py TRAIN TEST --seeds 0 1 2 --variants '' '--lr 2e-3' --epochs 4
     python benchmarks/quality.py TRAIN TEST --against EARLIER --seeds 0 1 2 --epochs 4
 
-TRAIN and TEST are folders of photos, EARLIER is another checkout of this project: both versions
+TRAIN and TEST are folders of photos, EARLIER is another checkout of this project. All versions
 train in turns, with a process of one thread each. Flags that are not this program's own go to
-colorize.py. All that differs between two seeds is noise: compare means.
+colorize.py, those of --variants to one version each. All that differs between two seeds is noise:
+compare means.
 
 Printed are, at the photos' full size, the gain over the gray copy in dB with the share of the
-truth's colorfulness, and the gain at 90 % of it, interpolated between values of --saturation.
+truth's colorfulness, and the gain at 90 % of it, interpolated between values of --saturation: nan
+where none of them leads there.
 """
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
@@ -33,6 +37,8 @@ from utils.photos import list_photos, load_photo, to_pixels  # noqa: E402
 
 SATURATIONS = 1, 1.1, 1.2, 1.35, 1.5
 COLORFUL = 90  # % of the truth's colorfulness at which results are compared
+HEADER = '| version | seed | gain in dB | % of colorfulness | gain at 90 % | seconds of a core |'
+FORMATS = '+.2f', '.1f', '+.2f', '.0f'  # of the four numbers in a row
 
 
 def load_photos(root):
@@ -93,13 +99,16 @@ def train(checkout, photos, flags, home):
     return Path(home, 'unet.pth'), seconds
 
 
-def summarize(name, rows):
-    """Print the mean of a version's rows, with the deviation between its seeds."""
-    cells = [
-        f'{mean(values):+.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
-        for values in zip(*rows, strict=True)
-    ]
-    print(f'| {name} | all | ' + ' | '.join(cells) + ' |', flush=True)
+def print_row(name, seed, rows):
+    """Print the means of a version's rows, and the standard deviations if there are several."""
+    cells = [name, str(seed)]
+    # torch's means and deviations, because those of Python's statistics fail on a nan
+    for form, column in zip(FORMATS, torch.tensor(rows).T, strict=True):
+        cell = f'{column.mean().item():{form}}'
+        if len(rows) > 1:
+            cell += f' ± {column.std().item():{form.strip("+")}}'
+        cells.append(cell)
+    print('|', ' | '.join(cells), '|', flush=True)
 
 
 def main():
@@ -109,24 +118,24 @@ def main():
     add('test', help='a folder of photos to measure on')
     add('--against', type=Path, help='another checkout, measured in turns with this one')
     add('--seeds', type=cli.nonnegative_int, nargs='+', default=[0], help='of colorize.py')
+    add('--variants', nargs='+', default=[''], help='flags of colorize.py, in quotes, of each')
     args, flags = parser.parse_known_args()
     torch.set_num_threads(1)
     photos = load_photos(args.test)
-    versions = dict(here=HERE) | (dict(earlier=args.against.absolute()) if args.against else {})
-    rows = {name: [] for name in versions}
-    print('| version | seed | gain in dB | % of colorfulness | gain at 90 % | seconds of a core |')
-    print('|---|---|---|---|---|---|')
+    checkouts = dict(here=HERE) | (dict(earlier=args.against.absolute()) if args.against else {})
+    rows = {(name, variant): [] for variant in args.variants for name in checkouts}
+    print(HEADER, '|---|---|---|---|---|---|', sep='\n')
     for seed in args.seeds:
-        for name, checkout in versions.items():
+        for (name, variant), measured in rows.items():
+            words = ['--val_fraction', '0', '--seed', str(seed), *flags, *shlex.split(variant)]
             with tempfile.TemporaryDirectory() as home:
-                words = ['--val_fraction', '0', '--seed', str(seed), *flags]
-                weights, seconds = train(checkout, os.path.abspath(args.train), words, home)
-                rows[name].append((*measure(weights, photos), seconds))
-            gain, colorful, at_90, _ = rows[name][-1]
-            cells = f'{gain:+.2f} | {colorful:.0f} | {at_90:+.2f} | {seconds:.0f}'
-            print(f'| {name} | {seed} | {cells} |', flush=True)
-    for name in versions:
-        summarize(name, rows[name])
+                train_path = os.path.abspath(args.train)
+                weights, seconds = train(checkouts[name], train_path, words, home)
+                measured.append((*measure(weights, photos), seconds))
+            print_row(f'{name} {variant}'.strip(), seed, measured[-1:])
+    if len(args.seeds) > 1:
+        for (name, variant), measured in rows.items():
+            print_row(f'{name} {variant}'.strip(), 'all', measured)
     return 0
 
 

@@ -128,7 +128,7 @@ def mean_psnr(net, loader, device):
     return torch.cat(values).mean().item()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,7 +140,7 @@ def main():
     parser.add_argument('--lr', type=float, default=1e-3, help='[%(default)s]')
     parser.add_argument('--limit', type=int, help='train on the first LIMIT photos only')
     parser.add_argument('--num_workers', type=int, default=4, help='[%(default)s]')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     photos = GrayColorPhotos(args.data_path, args.image_size, args.limit)

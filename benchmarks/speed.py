@@ -5,7 +5,8 @@
     python benchmarks/speed.py steps --image_size 64                    # beside the device's best
     python benchmarks/speed.py start --data_path PHOTOS                 # a whole process, by part
 
-The plain script is benchmarks/reference.py. Every training is a process of its own.
+The plain script is benchmarks/reference.py. Every training is a process of its own, whose last
+epoch counts: of four or more, colorize.py sees all photos of that one at full size.
 """
 
 import json
@@ -35,38 +36,38 @@ from utils.device import (  # noqa: E402
 from utils.muon import Muon  # noqa: E402
 
 MULTIPLY_ADDS = 8.1e9 / 224**2  # of a pixel, forward; three times that with the backward pass
+MATRIX = 2048  # rows of the matrices whose product shows a device's best speed
+CALLS = 10  # that are timed together
 
 
 # ---------------------------------------------------------------------------- training
 
 
+def command(program, args, epochs):
+    """Return the words that start a program of training, with this program's flags."""
+    words = [sys.executable, program, '--data_path', Path(args.data_path).absolute()]
+    words += ['--epochs', epochs, '--image_size', args.image_size, '--batch_size', args.batch_size]
+    return [str(word) for word in words]
+
+
+def output_of(program, args):
+    """Return what a program of training prints, run in a folder of its own."""
+    with tempfile.TemporaryDirectory() as home:
+        words = command(program, args, args.epochs)
+        done = subprocess.run(words, cwd=home, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
 def time_training(checkout, args):
     """Return the photos/s of the last epoch of a checkout's colorize.py."""
-    words = ['--data_path', Path(args.data_path).absolute(), '--epochs', args.epochs]
-    words += ['--image_size', args.image_size, '--batch_size', args.batch_size]
-    with tempfile.TemporaryDirectory() as home:
-        done = subprocess.run(
-            [sys.executable, checkout / 'colorize.py', *map(str, words)],
-            cwd=home,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    rows = re.findall(r'^ +\d+/\d+ .* (\d+\.\d)(?: \*)?$', done.stdout, re.MULTILINE)
+    printed = output_of(checkout / 'colorize.py', args)
+    rows = re.findall(r'^ +\d+/\d+ .* (\d+\.\d)(?: \*)?$', printed, re.MULTILINE)
     return float(rows[-1])
 
 
 def time_reference(args):
     """Return the photos/s of the last epoch of the plain script."""
-    words = ['--data_path', args.data_path, '--epochs', args.epochs]
-    words += ['--image_size', args.image_size, '--batch_size', args.batch_size]
-    done = subprocess.run(
-        [sys.executable, HERE / 'reference.py', *map(str, words)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(output_of(HERE / 'reference.py', args).splitlines()[-1])
     return report['photos'] / report['epochs'][-1]['seconds']
 
 
@@ -99,7 +100,7 @@ def new_step(args, device):
     return lambda: train_step(net, optimizer, x, y, args.batch_size, recipe)
 
 
-def seconds_of(function, device, calls=10):
+def seconds_of(function, device):
     """Return the seconds that a call takes, after three to warm up: the median of three times."""
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     for _ in range(3):
@@ -108,20 +109,20 @@ def seconds_of(function, device, calls=10):
     for _ in range(3):
         wait()
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(CALLS):
             function()
         wait()
-        times.append((time.perf_counter() - start) / calls)
+        times.append((time.perf_counter() - start) / CALLS)
     return median(times)
 
 
 def floor(args, device):
     """Return the seconds that a step's multiplications take at the device's best speed."""
-    size, dtype = 2048, torch.float32
+    dtype = torch.float32
     if Precision(args.precision, device).name != 'fp32':
         dtype = torch.bfloat16 if Precision(args.precision, device).name == 'bf16' else torch.half
-    a = torch.rand(size, size, device=device, dtype=dtype)
-    per_multiply_add = seconds_of(lambda: a @ a, device) / size**3
+    a = torch.rand(MATRIX, MATRIX, device=device, dtype=dtype)
+    per_multiply_add = seconds_of(lambda: a @ a, device) / MATRIX**3
     return 3 * MULTIPLY_ADDS * args.batch_size * args.image_size**2 * per_multiply_add
 
 
@@ -129,8 +130,9 @@ def steps(args):
     """Print the photos/s of steps alone, and how much of the time the multiplications need."""
     device = choose_device('auto')
     seconds, least = seconds_of(new_step(args, device), device), floor(args, device)
+    compiled = ', compiled' if args.compile else ''
     print(
-        f'{describe_device(device)}, {Precision(args.precision, device).name}, '
+        f'{describe_device(device)}, {Precision(args.precision, device).name}{compiled}, '
         f'{args.image_size}×{args.image_size}, batch {args.batch_size}: '
         f'{args.batch_size / seconds:.0f} photos/s, {100 * least / seconds:.0f} % of a matrix '
         "product's speed"
@@ -142,20 +144,14 @@ def steps(args):
 
 def start(args):
     """Print when, in seconds after its start, a process of one epoch comes to what it does."""
-    words = [sys.executable, HERE.parent / 'colorize.py', '--data_path']
-    words += [
-        Path(args.data_path).absolute(),
-        '--epochs',
-        '1',
-        '--image_size',
-        str(args.image_size),
-    ]
+    words = command(HERE.parent / 'colorize.py', args, epochs=1)
     began, marks = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as home:
         process = subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             marks.append((time.perf_counter() - began, line.strip()))
-        process.wait()
+        if process.wait():
+            return process.returncode
     marks.append((time.perf_counter() - began, 'the end'))
     for name, pattern in (
         ('imports, device, photos read', 'logging in'),
@@ -164,6 +160,7 @@ def start(args):
     ):
         seconds = next(seconds for seconds, line in marks if pattern in line)
         print(f'{seconds:6.1f} s  {name}')
+    return 0
 
 
 PARTS = dict(training=training, steps=steps, start=start)
@@ -176,7 +173,7 @@ def main():
     add('--data_path', default='data/landscapes', help='a folder of photos')
     add('--against', type=Path, help='another checkout, for training')
     add('--repeat', type=cli.positive_int, default=3, help='trainings of each')
-    add('--epochs', type=cli.positive_int, default=2, help='of each training')
+    add('--epochs', type=cli.positive_int, default=4, help='of each training')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step')
     add('--precision', choices='auto fp32 bf16 fp16'.split(), default='auto', help='of steps')

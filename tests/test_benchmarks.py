@@ -1,69 +1,98 @@
 """The benchmarks run, on few drawings: each prints what it promises."""
 
 import importlib
+import io
 import re
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers import ROOT
+from helpers import ROOT, call
 
 from unet import UNet
 
+SMALL = '--image_size', 8, '--batch_size', 16
+
 
 @pytest.fixture
-def few(drawings, tmp_path):
-    """A folder of four drawings."""
-    folder = tmp_path / 'few'
-    folder.mkdir()
-    for number, path in enumerate(sorted(drawings.rglob('*.jpg'))[:4]):
-        (folder / f'{number}.jpg').symlink_to(path)
-    return folder
+def benchmark(monkeypatch, capsys):
+    """benchmark('speed', words...): what it prints, run in this process.
+
+    So are the trainings that it starts: each process would spend seconds on its imports.
+    """
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    speed = importlib.import_module('speed')
+    monkeypatch.setattr(speed, 'keep_memory', lambda: None)  # it would outlast the test
+    monkeypatch.setattr(speed, 'MATRIX', 64)
+    monkeypatch.setattr(speed, 'CALLS', 1)
+
+    def train_here(words, cwd, **_):
+        program = importlib.import_module(Path(words[1]).stem)
+        workers = ('--num_workers', 0) if program.__name__ == 'reference' else ()
+        with redirect_stdout(io.StringIO()) as printed:
+            assert not call(cwd, *words[2:], *workers, program=program)
+        return SimpleNamespace(stdout=printed.getvalue())
+
+    def popen_here(*args, **kwargs):
+        lines = train_here(*args, **kwargs).stdout.splitlines()
+        return SimpleNamespace(stdout=lines, wait=lambda: 0)
+
+    def benchmark(name, *words):
+        monkeypatch.setattr('sys.argv', [name, *map(str, words)])
+        with monkeypatch.context() as patch:
+            patch.setattr('subprocess.run', train_here)
+            patch.setattr('subprocess.Popen', popen_here)
+            assert not importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return benchmark
 
 
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_quality_of_a_variant_of_two_checkouts(benchmark, drawings):
+    flags = '--variants', '--lr 2e-3', '--against', ROOT, '--epochs', 1, '--device', 'cpu'
+    out = benchmark('quality', drawings, next(drawings.iterdir()), *flags, *SMALL)
+    row = r'^\| (.+?) \| 0 \| [+-]\d\.\d\d \| \d+\.\d \| (?:[+-]\d\.\d\d|\+?nan) \| \d+ \|$'
+    assert re.findall(row, out, re.MULTILINE) == ['here --lr 2e-3', 'earlier --lr 2e-3']
 
 
-SMALL = '--image_size', 8, '--batch_size', 4
+def test_the_gain_at_90_percent(benchmark, capsys):
+    quality = importlib.import_module('quality')
+    assert quality.interpolate([(1.5, 80), (1.3, 88), (1.1, 96)]) == pytest.approx(1.25)
+    nowhere = quality.interpolate([(1.5, 95)])
+    quality.print_row('here', 'all', [(1.5, 95.0, nowhere, 9.0), (1.7, 93.0, nowhere, 9.0)])
+    row = '| here | all | +1.60 ± 0.14 | 94.0 ± 1.4 | +nan ± nan | 9 ± 0 |\n'
+    assert capsys.readouterr().out == row
 
 
-def test_quality(few):
-    out = run('benchmarks/quality.py', few, few, '--epochs', 1, '--device', 'cpu', *SMALL)
-    rows = re.findall(r'^\| here \| (0|all) \| [+-]\d\.\d\d \| \+?\d+.* \|$', out, re.MULTILINE)
-    assert rows == ['0', 'all']
+def test_training_beside_the_plain_script_and_a_checkout(benchmark, drawings):
+    flags = '--data_path', drawings, '--repeat', 1, '--epochs', 1, *SMALL
+    row = r'here [\d.]+, {} [\d.]+: [\d.]+ times as fast'
+    assert re.search(row.format('the plain script'), benchmark('speed', 'training', *flags))
+    out = benchmark('speed', 'training', '--against', ROOT, *flags)
+    assert re.search(row.format(ROOT), out)
+
+
+def test_the_parts_of_a_start(benchmark, drawings):
+    out = benchmark('speed', 'start', '--data_path', drawings, *SMALL)
+    seconds = [float(second) for second in re.findall(r'^ +([\d.]+) s  \w', out, re.MULTILINE)]
+    assert len(seconds) == 3 and seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize(
-    'program, part, says', [('speed', 'steps', ' photos/s, '), ('gpu', 'empty', 'the weights stay')]
+    'name, part, says',
+    [
+        ('speed', 'steps', ' photos/s, '),
+        ('gpu', 'device', ' processors; torch '),
+        ('gpu', 'profile', ' ms  '),
+        ('gpu', 'empty', 'the weights stay'),
+    ],
 )
-def test_steps_and_a_step_without_a_photo(monkeypatch, capsys, program, part, says):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    monkeypatch.setattr('sys.argv', [program, part, *map(str, SMALL)])
-    module = importlib.import_module(program)
-    if program == 'speed':
-        monkeypatch.setattr(module, 'keep_memory', lambda: None)  # it would outlast the test
-    assert not module.main()
-    assert says in capsys.readouterr().out
+def test_what_needs_no_photos(benchmark, name, part, says):
+    assert says in benchmark(name, part, *SMALL)
 
 
-def test_the_plain_script_is_the_same_network(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    import reference
-
-    torch.manual_seed(0)
-    plain, net = reference.UNet(), UNet()
+def test_the_plain_script_has_the_same_network(benchmark):
+    plain, net = importlib.import_module('reference').UNet(), UNet()
     shapes = [[tuple(p.shape) for p in model.parameters()] for model in (plain, net)]
     assert shapes[0] == shapes[1]
-
-
-def test_a_gain_is_interpolated_at_90_percent(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    import quality
-
-    assert quality.interpolate([(1.5, 80), (1.3, 88), (1.1, 96)]) == pytest.approx(1.25)
