@@ -41,7 +41,7 @@ from utils.photos import list_photos
 from utils.run import RunFolder
 from utils.tensorboard import Page
 
-DEMO = dict(data_path='data/demo', epochs=8, batch_size=8)
+DEMO = dict(data_path='data/demo', epochs=6, batch_size=8)
 DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
 # what a resumed run must share with its checkpoint, beside the photos
 FIXED = 'batch_size image_size seed val_fraction colorfulness_weight demo'.split()
