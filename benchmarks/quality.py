@@ -90,13 +90,11 @@ def interpolate(points):
 
 def train(checkout, photos, flags, home):
     """Train by a checkout's colorize.py; return the weights' path and the seconds of processor."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # user's and system's
     command = [sys.executable, checkout / 'colorize.py', '--data_path', photos, *flags]
     environment = os.environ | dict(OMP_NUM_THREADS='1')
     subprocess.run(command, cwd=home, env=environment, stdout=subprocess.DEVNULL, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Path(home, 'unet.pth'), seconds
+    return Path(home, 'unet.pth'), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
 
 
 def print_row(name, seed, rows):
