@@ -15,7 +15,6 @@ if __name__ == '__main__':
 
 import math
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from data_utils import batches, fingerprint, gray_and_color, read_photos, shrink
 from demo_landscapes import draw_landscapes
 from unet import UNet
 from utils import cli, color, distributed, report
-from utils.checkpoint import Progress, State, save_weights
+from utils.checkpoint import Progress, State
 from utils.device import Precision, channels_last, check_compiler, choose_device, keep_memory
 from utils.distributed import all_reduce_sum, print0
 from utils.muon import Muon
@@ -42,17 +41,12 @@ from utils.run import RunFolder
 from utils.tensorboard import Page
 
 DEMO = dict(data_path='data/demo', epochs=6, batch_size=8)
-DEMO_GAIN = 3.0  # dB over the gray copy that the demo must reach
 # what a resumed run must share with its checkpoint, beside the photos
 FIXED = 'batch_size image_size seed val_fraction colorfulness_weight demo'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
 # after which small steps see parts of the photos: whole ones, the network begins to know by heart
 WHOLE_EPOCHS = 15
-NOT_FINITE = (
-    'weights and checkpoint of the epochs before are kept: --resume, or begin again, with a '
-    'smaller --lr or --precision fp32'
-)
 
 
 def parse_args(argv):
@@ -104,17 +98,21 @@ class Recipe:
     steps_per_epoch: int = 0
     epochs: int = 0
 
+    @property
+    def steps(self):
+        """Return the number of steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
     def get_objective(self, squared_error, dullness):
         """Return what is minimized."""
         return squared_error + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
         """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
-        steps = self.epochs * self.steps_per_epoch
-        warm_up = math.ceil(WARM_UP * steps)
+        warm_up = math.ceil(WARM_UP * self.steps)
         if step < warm_up:
             return self.lr * (step + 1) / warm_up
-        done = (step - warm_up) / max(1, steps - warm_up)
+        done = (step - warm_up) / max(1, self.steps - warm_up)
         return self.lr * (1 + math.cos(math.pi * min(1, done))) / 2
 
     def is_small(self, step, size):
@@ -125,8 +123,7 @@ class Recipe:
         """
         # The first step does not, so that a lack of memory shows at once. A UNet needs multiples
         # of 8, also of half the size.
-        steps = self.epochs * self.steps_per_epoch
-        return 0 < step < self.small_steps * steps and size % 16 == 0
+        return 0 < step < self.small_steps * self.steps and size % 16 == 0
 
 
 def train(net, optimizer, loader, epochs=5, writer=None):
@@ -154,7 +151,16 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     device = next(model.parameters()).device
     model.train()
     losses, signum, synced = [], 0, time.monotonic()  # losses stay on the device until sync_losses
-    for x, y in (bar := progress_bar(loader, progress, recipe)):
+    bar = tqdm(
+        loader,
+        f'epoch {progress.epoch + 1}',
+        recipe.steps_per_epoch or None,
+        initial=progress.step,
+        unit='step',
+        leave=False,
+        disable=distributed.no_bar,
+    )
+    for x, y in bar:
         # every rank must agree on the size of the batch, and on stopping
         batch_size, signum = all_reduce_sum(len(x), stop.signum if stop else 0)
         if signum:
@@ -168,19 +174,19 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         progress.step += 1
         loss = train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
         losses.append((progress.step, loss))
-        progress.photos += len(x)
+        progress.seen += len(x)
         if time.monotonic() - synced > 0.5:
             sync_losses(losses, progress)
-            bar.set_postfix_str(f'loss {progress.loss_sum / max(1, progress.photos):.4f}')
+            bar.set_postfix_str(f'loss {progress.loss_sum / max(1, progress.seen):.4f}')
             synced = time.monotonic()
     sync_losses(losses, progress)
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise FloatingPointError(f'a weight is not finite {progress.describe()}')
+        raise progress.not_finite('a weight is not finite')
     # from here on those of all ranks; after --resume, rank 0 alone goes on with them
-    progress.loss_sum, progress.photos = all_reduce_sum(progress.loss_sum, progress.photos)
+    progress.loss_sum, progress.seen = all_reduce_sum(progress.loss_sum, progress.seen)
     if signum:
         raise Stopped
-    return progress.loss_sum / progress.photos
+    return progress.loss_sum / progress.seen
 
 
 def train_step(model, optimizer, x, y, batch_size, recipe):
@@ -216,16 +222,9 @@ def sync_losses(losses, progress):
         steps, values = zip(*losses, strict=True)
         for step, loss in zip(steps, torch.stack(values).tolist(), strict=True):
             if not math.isfinite(loss):
-                raise FloatingPointError(f'the loss is {loss} {progress.describe(step)}')
+                raise progress.not_finite(f'the loss is {loss}', step)
             progress.loss_sum += loss
         losses.clear()
-
-
-def progress_bar(loader, progress, recipe):
-    """Show the steps and the time left of an epoch, on rank 0's terminal; nothing in a log file."""
-    total, initial = recipe.steps_per_epoch or None, progress.step
-    options = dict(unit='step', leave=False, disable=distributed.no_bar)
-    return tqdm(loader, f'epoch {progress.epoch + 1}', total, initial=initial, **options)
 
 
 @torch.no_grad()
@@ -265,11 +264,13 @@ def run(args, home, stop):
     if args.resume:
         state.load(folder and folder.checkpoint)
     if state.progress.epoch >= args.epochs:
-        return end(args, folder, state.progress, [])
+        if folder:
+            report.print_end(folder, state.progress)
+        return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
     recipe = new_recipe(args, photos, precision)
     if folder:
-        report.print_skipped(photos, folder.skipped)
+        report.print_skipped(photos, folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
         page = open_page(args, folder, photos, state)
     if args.compile:
@@ -279,18 +280,18 @@ def run(args, home, stop):
         try:
             fit(args, state, recipe, photos, folder, page, stop)
         except Stopped:
-            if folder:
+            if folder and not args.dry_run:
                 state.save(folder.checkpoint)
-                command = '' if args.dry_run else resume_command(args, folder)
-                report.print_stopped(state.progress, command)
+                report.print_stopped(state.progress, folder)
             return 128 + (stop.signum or signal.SIGTERM)  # 0 if another rank had the signal
-        except FloatingPointError as error:
-            raise FloatingPointError(f'{error}; {NOT_FINITE}') from error
     if page:
         page.close(state.net, state.progress.epoch)
-    return end(
-        args, folder, state.progress, [photos.get_path(index) for index in photos.get_shown()[::4]]
-    )
+    if args.dry_run:
+        print0('the dry run went through everything, and kept nothing')
+    elif folder:
+        shown = [photos.get_path(index) for index in photos.get_shown()[::4]]
+        report.print_end(folder, state.progress, shown, args.data_path if args.demo else None)
+    return 0
 
 
 def fit(args, state, recipe, photos, folder, page, stop):
@@ -302,14 +303,14 @@ def fit(args, state, recipe, photos, folder, page, stop):
     for epoch in range(progress.epoch, args.epochs):
         at = dict(seed=args.seed, epoch=epoch, first_step=progress.step)
         loader = make_batches(photos.training, **at)
-        start, before = time.perf_counter(), progress.photos
+        start, before = time.perf_counter(), progress.seen
         loss = train_epoch(model, optimizer, loader, progress, recipe, stop)
         metrics = {
             'training loss': loss,
             'learning rate': recipe.get_lr((epoch + 1) * recipe.steps_per_epoch - 1),
-            'photos per second': (progress.photos - before) / (time.perf_counter() - start),
+            'photos per second': (progress.seen - before) / (time.perf_counter() - start),
         }
-        objective = None
+        objective = -epoch  # with nothing held out, the last epoch is the best
         if photos.validation:
             loader = make_batches(photos.validation)  # without a seed: in order, unflipped
             metrics |= evaluate(net, loader, recipe.precision, stop)
@@ -318,7 +319,7 @@ def fit(args, state, recipe, photos, folder, page, stop):
         progress.finish_epoch()
         if folder:
             if is_best:
-                save_weights(net, folder.latest, folder.weights, lock_path=folder.lock_path)
+                folder.save_weights(net)
             page.log_epoch(net, recipe.precision, metrics, progress.epoch)
             # Last. If the run is killed before this, --resume repeats the epoch.
             state.save(folder.checkpoint)
@@ -366,28 +367,6 @@ def open_page(args, folder, photos, state):
         # another network, on the CPU: tracing must not touch the one that is trained
         page.log_start(UNet(), vars(args) | state.settings)
     return page
-
-
-def resume_command(args, folder):
-    """Return the command that goes on with a run: the one that was typed, and --resume."""
-    words = ['python', *sys.argv]
-    if distributed.world_size > 1:
-        words = ['torchrun', f'--nproc_per_node={distributed.local_world_size}', *sys.argv]
-    if folder.path.name != (args.name or folder.default):
-        words += ['--name', folder.path.name]
-    return shlex.join(words if args.resume else [*words, '--resume'])
-
-
-def end(args, folder, progress, shown):
-    """Print where a finished run's weights are and what comes next; return the exit code."""
-    if args.dry_run:
-        print0('the dry run went through everything, and kept nothing')
-    elif folder:
-        report.print_end(folder, progress, shown, args.data_path if args.demo else 'YOUR_PHOTOS')
-        if args.demo and args.val_fraction and progress.best_gain < DEMO_GAIN:
-            print0(f'colorize.py: the demo should gain {DEMO_GAIN:g} dB', file=sys.stderr)
-            return 1
-    return 0
 
 
 def main(argv=None):

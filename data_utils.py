@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import random
-import shutil
 import tempfile
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -129,29 +128,26 @@ def read_photos(root, names, val_fraction, size, device):
     share = range(distributed.local_rank, len(names), distributed.local_world_size)
     parts = [share[start : start + 16] for start in range(0, len(share), 16)]
     options = dict(unit='photo', leave=False, disable=distributed.no_bar)
-    bar = tqdm(desc='reading photos', total=len(share), **options)
-    with bar, reading_threads() as pool:
+    bar, threads = tqdm(desc='reading photos', total=len(share), **options), torch.get_num_threads()
+    with bar, ThreadPoolExecutor(available_cpus(), '', torch.set_num_threads, [1]) as pool:
         for part, reasons in zip(parts, pool.map(read, parts), strict=True):
             skipped |= reasons
             bar.update(len(part))
+    torch.set_num_threads(threads)  # else threads that begin later have one, too
     for others in distributed.all_gather(skipped):
         skipped |= others
     if device.type != 'cpu' and pixels.nbytes < free_memory(device) / 2:
         pixels = pixels.to(device)
-    sides = [leave_out(side, names, skipped) for side in split(names, val_fraction)]
-    return Photos(root, names, pixels, skipped, *sides)
-
-
-def leave_out(indices, names, skipped):
-    """Return the indices without the skipped ones. Raises UsageError if none of several is left."""
-    left = [index for index in indices if index not in skipped]
-    if indices and not left:
-        first = indices[0]
+    sides = split(names, val_fraction)
+    training, validation = ([index for index in side if index not in skipped] for side in sides)
+    if not training or val_fraction and not validation:
+        first = ''.join(f'; {names[index]!r}: {why}' for index, why in sorted(skipped.items())[:1])
         raise UsageError(
-            f'none of {len(indices)} photos can be used; the first, {names[first]!r}: '
-            f'{skipped[first]}'
+            f'{root}: of {len(names)} photos, {len(training)} are left to train on and '
+            f'{len(validation)} to validate on; give more, or another --val_fraction (0 trains on '
+            f'all){first}'
         )
-    return left
+    return Photos(root, names, pixels, skipped, training, validation)
 
 
 def squash(photo, size):
@@ -171,25 +167,24 @@ def allocate(shape):
     Several processes of one machine share one file. It is in the folder for temporary files, has no
     name any more, and ends with the processes. Raises UsageError if there is no room for it.
     """
-    size, folder, path = math.prod(shape), tempfile.gettempdir(), None
+    size, path = math.prod(shape), None
     fits = size < free_memory(torch.device('cpu')) / 2
     if fits and distributed.local_world_size == 1:
         return torch.zeros(shape, dtype=torch.uint8)
+    where = f'{size / 2**30:.1f} GB of photos go to a file in {tempfile.gettempdir()}'
     if not fits:
-        print0(f'too large for memory: {size / 2**30:.1f} GB of photos go to a file in {folder}')
+        print0(f'too large for memory: {where}')
     if distributed.local_rank == 0:
-        if shutil.disk_usage(folder).free < size:
-            raise UsageError(
-                f'{folder} has no room for {size / 2**30:.1f} GB of photos; name another folder '
-                'in the environment as TMPDIR, or give a smaller --image_size'
-            )
         file, path = tempfile.mkstemp(prefix='photos_')
         try:
-            if hasattr(os, 'posix_fallocate'):  # else a disk that fills up later ends the process
-                os.posix_fallocate(file, 0, size)
-        except OSError:
+            # reserved now: on a disk that fills up later, the kernel would end the process
+            getattr(os, 'posix_fallocate', lambda *_: None)(file, 0, size)  # macOS has none
+        except OSError as error:
             os.unlink(path)
-            raise
+            raise UsageError(
+                f'{where}: {error.strerror}; name another folder in the environment as TMPDIR, or '
+                'give a smaller --image_size'
+            ) from error
         os.close(file)
     # ranks of one machine follow each other
     path = distributed.all_gather(path)[distributed.rank - distributed.local_rank]
@@ -199,18 +194,6 @@ def allocate(shape):
         with contextlib.suppress(OSError):  # Windows keeps the names of open files
             os.unlink(path)
     return pixels.view(shape)
-
-
-@contextlib.contextmanager
-def reading_threads():
-    """Give a pool of threads, each with one torch thread, that ends when the program is stopped."""
-    threads, pool = torch.get_num_threads(), ThreadPoolExecutor(available_cpus())
-    torch.set_num_threads(1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def fingerprint(names):
@@ -233,19 +216,11 @@ def is_held_out(name, fraction):
 
 
 def split(names, fraction):
-    """Return the indices of the photos to train on, and of those to validate on.
-
-    Raises UsageError if either side is left without a photo (validation: unless `fraction` is 0).
-    """
-    training, validation = [], []
+    """Return the indices of the photos to train on, and of those to validate on."""
+    sides = [], []
     for index, name in enumerate(names):
-        (validation if is_held_out(name, fraction) else training).append(index)
-    if not training or fraction and not validation:
-        raise UsageError(
-            f'--val_fraction {fraction:g} holds out {len(validation)} of the {len(names)} photos; '
-            'give another fraction, more photos, or 0 to train on all'
-        )
-    return training, validation
+        sides[is_held_out(name, fraction)].append(index)
+    return sides
 
 
 def batches(photos, indices, batch_size, device, seed=None, epoch=0, first_step=0):

@@ -17,7 +17,6 @@ import io
 import os
 import sys
 import time
-import uuid
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from unet import UNet
 from utils import cli
-from utils.checkpoint import load_weights
+from utils.checkpoint import atomic_write, load_weights
 from utils.cli import UsageError
 from utils.color import is_gray, luminance, merge_luminance
 from utils.device import Precision, available_cpus, choose_device
@@ -113,21 +112,6 @@ def apply_chroma(gray, chroma, saturation=1.0):
     return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
 
 
-def colorize_anyway(net, size, saturation, photo):
-    """As colorize, on the CPU where the device has not the memory for it."""
-    device = next(net.parameters()).device
-    try:
-        return colorize(net, photo, size, saturation)
-    except RuntimeError as error:
-        if device.type == 'cpu' or not cli.is_out_of_memory(error):
-            raise
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-    on_cpu = UNet()
-    on_cpu.load_state_dict(net.state_dict())
-    return colorize(on_cpu, photo, size or default_size(net), saturation)
-
-
 # ---------------------------------------------------------------------------- one file
 
 
@@ -183,47 +167,31 @@ def side_by_side(parts):
     return row
 
 
-def encode(result, photo, format, exif):
-    """Return the content of a file of the result, with what of the photo still applies to it."""
+def encode(result, photo, format):
+    """Return the content of a file of the result, with what of the open photo still applies."""
     profile = photo.info.get('icc_profile')
     if profile and profile[16:20] != b'RGB ':
         profile = None
     result.info, content = {}, io.BytesIO()  # Image.merge keeps the photo's, where not all applies
-    result.save(content, format, exif=exif, icc_profile=profile, quality=QUALITY.get(format, 98))
+    quality = QUALITY.get(format, 98)
+    result.save(content, format, exif=read_exif(photo), icc_profile=profile, quality=quality)
     return content.getbuffer()
-
-
-def write(path, content, overwrite):
-    """Write a file whole or not at all. Return DONE, or EXISTS if there is one that is kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
-    try:
-        temporary.write_bytes(content)
-        if not overwrite:
-            try:
-                os.link(temporary, path)  # of two programs, only one can
-                return DONE
-            except FileExistsError:
-                return EXISTS
-            except OSError:  # there are no hard links on this disk
-                pass
-        os.replace(temporary, path)
-        return DONE
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def colorize_file(path, result, net, args):
     """Colorize the photo `path`; return DONE, EXISTS, or in a line why it cannot be done."""
     if os.path.lexists(result) and not args.overwrite:
         return EXISTS
-    format, draw = format_of(result), partial(colorize_anyway, net, args.size, args.saturation)
+    format = format_of(result)
+    draw = partial(colorize, net, size=args.size, saturation=args.saturation)
     try:
         with open_photo(path) as photo:
             turn_upright(photo)
-            exif = read_exif(photo)
-        picture = draw_result(photo, format, draw, args.compare)
-        return write(result, encode(picture, photo, format, exif), args.overwrite)
+            picture = draw_result(photo, format, draw, args.compare)
+            content = encode(picture, photo, format)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(content, result)
+        return DONE
     except Exception as error:  # decoders, encoders and devices raise nearly anything
         return (str(error) or repr(error)).splitlines()[0]
 
@@ -236,12 +204,7 @@ def find_results(paths, output):
 
     `output` is the folder of the results, or for one photo the result. Raises UsageError.
     """
-    if format_of(output) and not output.is_dir():
-        if format_of(output) not in FORMATS or len(paths) > 1 or os.path.isdir(paths[0]):
-            raise UsageError(f'--output {output}: name a folder, or for one photo a .jpg or .png')
-        pairs = [(paths[0], output)]
-    else:
-        pairs = find_photos(paths, output)
+    pairs = find_photos(paths, output)
     photos, results, refused = {real(photo) for photo, _ in pairs}, {}, []
     for photo, result in pairs:
         if real(result) in photos:
@@ -257,6 +220,10 @@ def find_photos(paths, output):
     Results in `output`, which may lie in such a folder, are no photos. Of several folders, each
     has its results in a folder of its own name.
     """
+    if format_of(output) and not output.is_dir():
+        if format_of(output) not in FORMATS or len(paths) > 1 or os.path.isdir(paths[0]):
+            raise UsageError(f'--output {output}: name a folder, or for one photo a .jpg or .png')
+        return [(paths[0], output)]
     pairs, inside = [], real(output) + os.sep
     for path in paths:
         if not os.path.isdir(path):

@@ -142,6 +142,14 @@ class Training:
         return code
 
 
+def in_a_child(function):
+    """Return the exit code of a forked process that calls the function: negative for a signal."""
+    child = os.fork()
+    if not child:
+        os._exit(function())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 # ---------------------------------------------------------------------------- what a run leaves
 
 

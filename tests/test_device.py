@@ -1,6 +1,6 @@
 """The device's branches, on a CPU: what a GPU would answer is patched in."""
 
-import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import colorize
 from unet import UNet
-from utils import device as device_module, distributed
+from utils import distributed
 from utils.cli import UsageError
 from utils.device import Precision, check_compiler, choose_device, free_memory
 from utils.muon import Muon
@@ -145,7 +145,7 @@ def test_a_container_s_limit_counts(monkeypatch, limit, free):
         '/sys/fs/cgroup/memory.max': limit,
         '/sys/fs/cgroup/memory.current': '1000000',
     }
-    monkeypatch.setattr(device_module, 'open', lambda name: io.StringIO(files[name]), raising=False)
+    monkeypatch.setattr(Path, 'read_text', lambda path: files[str(path)])
     assert free_memory(CPU) == free
 
 

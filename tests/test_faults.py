@@ -98,7 +98,7 @@ def test_bad_photos_are_named_once_and_left_out(folder, fault):
         ('--data_path nowhere', 'nowhere ./download_landscapes.sh --demo'),
         ('--data_path unet.pth', 'unet.pth file --data_path'),
         ('--data_path photos/empty', 'empty photos'),
-        ('--data_path photos/bad --val_fraction 0.01', '--val_fraction 0.01 fraction'),
+        ('--data_path photos/bad --val_fraction 0.01', '--val_fraction 0.jpg Pillow'),
         ('--data_path photos/bad --val_fraction 0', "'0.jpg' Pillow"),
         ('--val_fraction 1', '--val_fraction 1 below'),
         ('--batch_size 0', '--batch_size 0 above'),

@@ -5,11 +5,11 @@ import signal
 
 import pytest
 import torch
+from helpers import in_a_child
 
 from unet import UNet
-from utils.checkpoint import save_weights
 from utils.cli import UsageError
-from utils.run import RunFolder
+from utils.run import RunFolder, lock
 
 
 def make_runs(home, *names, files=('checkpoint.pth', 'unet.pth')):
@@ -70,6 +70,14 @@ def test_another_process_s_run_is_its_own_until_that_ends(tmp_path):
     assert open_run(tmp_path, 'UNet', resume=True) == 'UNet'
 
 
+def test_a_lock_is_held_until_its_file_is_closed(tmp_path):
+    held = lock(tmp_path)
+    # a POSIX lock is the process's own
+    assert in_a_child(lambda: lock(tmp_path) is None) == 1
+    held.close()
+    assert lock(tmp_path)
+
+
 def names(home):
     return sorted(str(path.relative_to(home)) for path in home.rglob('*.*') if path.suffix)
 
@@ -91,7 +99,7 @@ def test_weights_behind_a_link_are_renamed_there(tmp_path, capsys):
     (tmp_path / 'shared/best.pth').write_text('from a friend')
     (tmp_path / 'unet.pth').symlink_to('shared/best.pth')
     folder = RunFolder(tmp_path, None, 'UNet', False)
-    save_weights(UNet(), folder.latest, folder.weights, lock_path=folder.lock_path)
+    folder.save_weights(UNet())
     assert (tmp_path / 'unet.pth').is_symlink()
     assert (tmp_path / 'shared/best_1.pth').read_text() == 'from a friend'
     assert (tmp_path / 'shared/best.pth').read_bytes() == folder.weights.read_bytes()
@@ -122,10 +130,9 @@ def test_a_kill_while_weights_are_saved(tmp_path, monkeypatch, renames):
     with monkeypatch.context() as patch:
         patch.setattr('os.replace', replace)
         with pytest.raises(Killed):
-            save_weights(UNet(), folder.latest, folder.weights, lock_path=folder.lock_path)
+            folder.save_weights(UNet())
     folder.lock.close()
     open_run(tmp_path, resume=True)
     assert names(tmp_path) == ['runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth', 'unet.pth']
-    assert (tmp_path / 'unet.pth').read_bytes() == (tmp_path / 'runs/UNet/unet.pth').read_bytes()
     if renames:
         UNet().load_state_dict(torch.load(tmp_path / 'unet.pth', weights_only=True))

@@ -14,31 +14,25 @@ import torch
 from utils import distributed
 from utils.cli import UsageError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-VERSION = 4  # of checkpoints; others are refused
+VERSION = 5  # of checkpoints; others are refused
 
 
 # ---------------------------------------------------------------------------- files
 
 
-def atomic_save(content, *paths):
-    """Atomically write `content` (anything that torch.save takes) to each of the paths.
+def atomic_write(content, *paths):
+    """Atomically write bytes to each of the paths: no reader ever sees a part of a file.
 
     A path that is a link is followed. All files are written before the first takes its name.
     Raises OSError naming the path that could not be written, which then is as it was.
     """
-    buffer, temporaries = io.BytesIO(), []
-    torch.save(content, buffer)  # not to the file: on a full disk, it would raise no OSError
+    temporaries = []
     try:
         for path in paths:
             # a name of its own, because another process may write to the same path
             temporaries.append(f'{os.path.realpath(path)}.{uuid.uuid4().hex[:8]}.tmp')
             with open(temporaries[-1], 'xb') as file:
-                file.write(buffer.getbuffer())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, temporary in zip(paths, temporaries, strict=True):
@@ -50,22 +44,11 @@ def atomic_save(content, *paths):
         raise OSError(error.errno, f'{path} was not saved: {error.strerror}') from error
 
 
-def lock(path, wait=False):
-    """Return an open file that holds the lock `path` until it is closed, or the process ends.
-
-    Returns None if another process holds it, and `wait` is false.
-    """
-    file = open(path, 'a')
-    if fcntl:
-        try:
-            # a POSIX lock: child processes do not inherit it, and so cannot outlive the owner
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):
-            file.close()
-            return None
-        except OSError:  # a file system without locks: go on unprotected
-            pass
-    return file
+def to_bytes(value):
+    """Return what torch.save makes of a value."""
+    content = io.BytesIO()  # torch.save to a file raises no OSError on a full disk
+    torch.save(value, content)
+    return content.getbuffer()
 
 
 def load_tensors(path):
@@ -83,30 +66,14 @@ def load_tensors(path):
         raise UsageError(f'{path} is damaged, or no file of tensors; nothing was run') from error
 
 
-def describe_mismatch(found, expected):
-    """Return in words how the state_dict `found` differs from `expected`; '' if it fits."""
-    if not isinstance(found, dict):
-        return f'a {type(found).__name__}'
-    for name in [*expected, *found]:
-        value, wanted = found.get(name), expected.get(name)
-        if wanted is None:
-            return f'it has {str(name)[:50]}'
-        if not isinstance(value, torch.Tensor):
-            return f'it has no tensor {name}'
-        if value.shape != wanted.shape:
-            return f'{name} is {tuple(value.shape)}, not {tuple(wanted.shape)}'
-        if not value.isfinite().all():
-            return f'{name} is not finite'
-    return ''
-
-
 # ---------------------------------------------------------------------------- weights
 
 
-def plain_state_dict(net):
-    """Return the weights as any laptop can load them: contiguous CPU float32 tensors.
+def save_weights(net, *paths):
+    """Atomically save the weights, as any laptop can load them: contiguous CPU float32 tensors.
 
-    `net.image_size` travels in the metadata, where PyTorch keeps the versions of modules.
+    `net.image_size` travels in the metadata, where PyTorch keeps the versions of modules. Raises
+    OSError naming the path that could not be written.
     """
     state = net.state_dict()
     plain = OrderedDict(
@@ -115,16 +82,7 @@ def plain_state_dict(net):
     )
     plain._metadata = OrderedDict(state._metadata)
     plain._metadata[''] = dict(state._metadata[''], image_size=getattr(net, 'image_size', None))
-    return plain
-
-
-def save_weights(net, *paths, lock_path):
-    """Atomically save the weights of `net` at all of the paths, for which the lock stands.
-
-    Raises OSError naming the path that could not be written.
-    """
-    with lock(lock_path, wait=True):
-        atomic_save(plain_state_dict(net), *paths)
+    atomic_write(to_bytes(plain), *paths)
 
 
 def load_weights(net, path):
@@ -138,14 +96,20 @@ def load_weights(net, path):
     state = load_tensors(path)
     if isinstance(state, dict) and 'progress' in state:
         raise UsageError(f'{path} is the checkpoint of a run; its weights are unet.pth beside it')
-    if mismatch := describe_mismatch(state, net.state_dict()):
-        raise UsageError(f"{path} holds no weights of this project's UNet: {mismatch}")
-    size = getattr(state, '_metadata', {}).get('', {}).get('image_size')
-    if size is not None and not (isinstance(size, int) and size > 0 and size % 8 == 0):
-        raise UsageError(f'{path} says it was trained at {str(size)[:50]} pixels, which cannot be')
-    net.load_state_dict(dict(state))  # without the metadata
-    net.image_size = size
+    set_weights(net, state, path)
+    net.image_size = getattr(state, '_metadata', {}).get('', {}).get('image_size')
     return net
+
+
+def set_weights(net, state, path):
+    """Load a state_dict, which `path` holds, into `net`. Raises UsageError if it does not fit."""
+    try:
+        net.load_state_dict(state)
+    except Exception as error:  # of a foreign file, names and values can be anything
+        reason = ' '.join(str(error).split())[:150]
+        raise UsageError(f'{path} holds no weights of this network: {reason}') from error
+    if not all(weight.isfinite().all() for weight in net.parameters()):
+        raise UsageError(f'{path} holds weights that are not finite')
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -158,7 +122,7 @@ class Progress:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the running epoch
     loss_sum: float = 0.0  # over the photos seen in the running epoch
-    photos: int = 0  # seen in the running epoch
+    seen: int = 0  # photos, in the running epoch
     best: float = math.inf  # the lowest objective on the held-out photos
     best_epoch: int = 0  # the epoch that had it, whose weights are saved
     best_gain: float = 0.0  # dB over the gray copy in that epoch
@@ -166,25 +130,23 @@ class Progress:
     def finish_epoch(self):
         """Count the running epoch as finished."""
         self.epoch += 1
-        self.step, self.loss_sum, self.photos = 0, 0.0, 0
+        self.step, self.loss_sum, self.seen = 0, 0.0, 0
 
     def update_best(self, objective, gain):
-        """Note the running epoch as the best if its objective is the lowest; tell whether it is.
+        """Note the running epoch as the best if its objective is the lowest; tell whether it is."""
+        if not math.isfinite(objective):
+            raise self.not_finite(f'the validation loss is {objective}')
+        if is_best := objective < self.best:
+            self.best, self.best_epoch, self.best_gain = objective, self.epoch + 1, gain
+        return is_best
 
-        `objective` is None if nothing is held out: then every epoch is the best so far.
-        """
-        if objective is not None:
-            if not math.isfinite(objective):
-                raise FloatingPointError(f'the validation loss is {objective} {self.describe()}')
-            if objective >= self.best:
-                return False
-            self.best = objective
-        self.best_epoch, self.best_gain = self.epoch + 1, gain
-        return True
-
-    def describe(self, step=None):
-        """Return in words where the run is, or was at the given step of the running epoch."""
-        return f'at step {step or self.step} of epoch {self.epoch + 1}'
+    def not_finite(self, what, step=None):
+        """Return the error of a run that `what` ends, at the given step of the running epoch."""
+        return FloatingPointError(
+            f'{what} at step {step or self.step} of epoch {self.epoch + 1}; weights and checkpoint '
+            'of the epochs before are kept: --resume, or begin again, with a smaller --lr or '
+            '--precision fp32'
+        )
 
 
 @dataclass
@@ -211,7 +173,7 @@ class State:
             progress=asdict(self.progress),
             settings=self.settings,
         )
-        atomic_save(checkpoint, path)
+        atomic_write(to_bytes(checkpoint), path)
 
     def load(self, path):
         """Go on from the checkpoint that rank 0 has at `path`, if there is one.
@@ -220,35 +182,31 @@ class State:
         """
         checkpoint = None
         if distributed.rank == 0 and os.path.exists(path):
-            checkpoint = read_checkpoint(path, self.net, self.settings)
+            checkpoint = self.read(path)
         checkpoint = distributed.broadcast(checkpoint)
         if not checkpoint:
             return
-        self.net.load_state_dict(checkpoint['net'])
+        set_weights(self.net, checkpoint['net'], path)
         state = dict(self.optimizer.state_dict(), state=checkpoint['optimizer'])
         self.optimizer.load_state_dict(state)
         if checkpoint['scaler'] and self.scaler.is_enabled():  # empty unless in float16
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.progress = Progress(**checkpoint['progress'])
         if distributed.rank:  # the sums over all ranks are rank 0's to carry on
-            self.progress.loss_sum, self.progress.photos = 0.0, 0
+            self.progress.loss_sum, self.progress.seen = 0.0, 0
 
-
-def read_checkpoint(path, net, settings):
-    """Return the checkpoint at `path`, a dict. Raises UsageError as State.load does."""
-    checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get('version') != VERSION:
-        raise UsageError(
-            f'{path} is no checkpoint of this version of the program: move it away, or give '
-            'another --name'
-        )
-    if mismatch := describe_mismatch(checkpoint['net'], net.state_dict()):
-        raise UsageError(f'{path} is of another network: {mismatch}; give another --name')
-    trained = checkpoint['settings']
-    for name, value in settings.items():
-        if trained[name] != value:
+    def read(self, path):
+        """Return the checkpoint at `path`, a dict. Raises UsageError as `load` does."""
+        checkpoint = load_tensors(path)
+        if not isinstance(checkpoint, dict) or checkpoint.get('version') != VERSION:
             raise UsageError(
-                f'--resume: {path} was trained with --{name} {trained[name]}, not {value}: give '
-                'that, or another --name'
+                f'{path} is no checkpoint of this version of the program: move it away, or give '
+                'another --name'
             )
-    return checkpoint
+        for name, value in self.settings.items():
+            if (trained := checkpoint['settings'][name]) != value:
+                raise UsageError(
+                    f'--resume: {path} was trained with --{name} {trained}, not {value}: give '
+                    'that, or another --name'
+                )
+        return checkpoint

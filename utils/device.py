@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -140,16 +141,14 @@ def free_memory(device):
     if device.type == 'mps':
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     try:
-        with open('/proc/meminfo') as info:
-            free = 1024 * next(int(line.split()[1]) for line in info if 'MemAvailable' in line)
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if 'MemAvailable' in line)
     except OSError:  # not Linux
         free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     try:
-        with (
-            open('/sys/fs/cgroup/memory.max') as limit,
-            open('/sys/fs/cgroup/memory.current') as used,
-        ):
-            return min(free, int(limit.read()) - int(used.read()))
+        files = (Path('/sys/fs/cgroup', name) for name in ('memory.max', 'memory.current'))
+        limit, used = (int(file.read_text()) for file in files)
+        return min(free, limit - used)
     except (OSError, ValueError):  # no limit, or 'max'
         return free
 

@@ -23,10 +23,6 @@ OTHERS = {'BUFR', 'EPS', 'FLI', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PALM', 'PDF', '
 # registered_extensions loads Pillow's plugins: it must come before Image.ID
 EXTENSIONS = tuple(end for end, kind in Image.registered_extensions().items() if kind not in OTHERS)
 FORMATS = ['JPEG', 'PNG', *sorted(set(Image.ID) - OTHERS - {'JPEG', 'PNG'})]
-# what to do about photos that Pillow may not read
-REMEDIES = dict.fromkeys(('.heic', '.heif', '.hif'), 'pip install pillow-heif') | dict.fromkeys(
-    '.arw .avif .cr2 .cr3 .dng .jxl .nef .webp'.split(), 'save as JPEG, PNG or TIFF'
-)
 LONGEST_SIDE = 65535  # pixels, as in JPEG: decoding the millions of a damaged header takes long
 MOST_PIXELS = free_memory(torch.device('cpu')) // 32  # bytes for each, at most, in predict.py
 Image.MAX_IMAGE_PIXELS = None  # the limits here are for this machine
@@ -44,17 +40,22 @@ def list_photos(root):
         )
     if not os.path.isdir(root):
         raise UsageError(f'{root} is a file; --data_path takes a folder of photos')
-    files = sorted(walk(root))
-    photos = [name for name in files if name.lower().endswith(EXTENSIONS)]
-    count = Counter(os.path.splitext(name)[1].lower() for name in files)
-    unread = sorted(kind for kind in REMEDIES if count[kind] and kind not in EXTENSIONS)
-    unread = ', '.join(f'{count[kind]} {kind} ({REMEDIES[kind]})' for kind in unread)
+    photos, others = [], Counter()
+    for name in walk(root):
+        if name.lower().endswith(EXTENSIONS):
+            photos.append(name)
+        else:
+            others[os.path.splitext(name)[1].lower() or 'without a suffix'] += 1
+    rest = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
+    if '.heic' in others:
+        rest += ' (to read .heic: pip install pillow-heif)'
     if not photos:
-        rest = f', but {unread}' if unread else ' (such as .jpg, .png, .tif, .webp)'
-        raise UsageError(f'no photos in {root}{rest}')
-    if unread:
-        print0(f'passed over in {root}: {unread}', file=sys.stderr)
-    return photos
+        raise UsageError(
+            f'no photos (such as .jpg, .png, .tif) in {root}, only {rest or "nothing"}'
+        )
+    if rest:
+        print0(f'passed over in {root}: {rest}', file=sys.stderr)
+    return sorted(photos)
 
 
 def walk(root):
@@ -89,8 +90,7 @@ def open_photo(path):
                 raise OSError(f'{photo.width}×{photo.height} pixels are too many for this machine')
             yield photo
     except UnidentifiedImageError as error:
-        words = 'no photo that Pillow can read', REMEDIES.get(os.path.splitext(path)[1].lower())
-        raise OSError('; '.join(filter(None, words))) from error
+        raise OSError('no photo that Pillow can read') from error
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise OSError(getattr(error, 'strerror', None) or str(error) or repr(error)) from error
 

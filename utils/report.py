@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 
+from utils import distributed
 from utils.device import describe_device
 from utils.distributed import print0
 
@@ -11,7 +12,7 @@ HEADER = (
     '         training  validation     PSNR in dB        gain over  vividness,    * = weights\n'
     '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s saved'
 )
-NAMED = 10  # so many gray photos are named on the terminal
+NAMED = 10  # so many photos that are left out are named on the terminal
 
 
 def print_epoch(epoch, epochs, metrics, is_saved):
@@ -49,25 +50,20 @@ def print_start(device, recipe, photos, path, progress):
 
 
 def print_skipped(photos, path):
-    """Print which of the Photos are left out, and why, and list them in the file `path`.
-
-    Gray photos, of which there can be hundreds, may share a line.
-    """
-    reasons = dict(sorted(photos.skipped.items()))
-    lines = {index: f'{photos.names[index]!r}: {reason}' for index, reason in reasons.items()}
-    gray = [index for index, reason in reasons.items() if reason == 'gray']
-    for index, line in lines.items():
-        if reasons[index] != 'gray' or len(gray) <= NAMED:
-            print0(f'skipped {line}', file=sys.stderr)
-    if len(gray) > NAMED:
-        print0(
-            f'skipped {len(gray)} gray photos, which would teach gray; {path} names them',
-            file=sys.stderr,
-        )
+    """Print which of the Photos are left out, and why, and list all of them in the file `path`."""
+    # gray photos, of which there can be hundreds, come last
+    skipped = sorted(photos.skipped.items(), key=lambda item: (item[1] == 'gray', item))
+    lines = [f'{photos.names[index]!r}: {reason}' for index, reason in skipped]
+    for line in lines[:NAMED]:
+        print0(f'skipped {line}', file=sys.stderr)
     if lines:
         with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
-            path.write_text('\n'.join(lines.values()) + '\n', 'utf-8', 'surrogateescape')
-        print0(f'{len(lines)} of {len(photos.names)} photos are left out')
+            path.write_text('\n'.join(lines) + '\n', 'utf-8', 'surrogateescape')
+        gray = sum(reason == 'gray' for _, reason in skipped)
+        print0(
+            f'{len(lines)} of {len(photos.names)} photos are left out, {gray} because they are '
+            f'gray; {path} names them'
+        )
 
 
 def verdict(gain):
@@ -85,15 +81,20 @@ def verdict(gain):
     return f'It colorizes: {gain:.1f} dB better than the gray copy.'
 
 
-def print_stopped(progress, command):
-    """Print where a run was stopped, and the command that goes on with it, '' for a dry run."""
-    print0(
-        f'stopped in epoch {progress.epoch + 1} after step {progress.step}; '
-        + (f'to go on: {command}' if command else 'nothing of a dry run is kept')
-    )
+def print_stopped(progress, folder):
+    """Print where a run was stopped, and how to go on: the command that was typed, and --resume."""
+    words = ['python', *sys.argv]
+    if distributed.world_size > 1:
+        words = ['torchrun', f'--nproc_per_node={distributed.local_world_size}', *sys.argv]
+    if folder.is_renamed:
+        words += ['--name', folder.path.name]
+    if '--resume' not in words:
+        words.append('--resume')
+    where = f'epoch {progress.epoch + 1} after step {progress.step}'
+    print0(f'stopped in {where}; to go on: {shlex.join(words)}')
 
 
-def print_end(folder, progress, shown, photos):
+def print_end(folder, progress, shown=(), photos=None):
     """Print where the weights are, how good they are, and the commands to use them.
 
     `folder` is the RunFolder; `shown` are paths of photos that show what the network makes of them,
@@ -113,4 +114,4 @@ def print_end(folder, progress, shown, photos):
     if shown:
         words = [*shown, *option, '--compare', '--output', 'compared', '--overwrite']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
-    print0(f'    {shlex.join(["python", "predict.py", photos, *option])}')
+    print0(f'    {shlex.join(["python", "predict.py", photos or "YOUR_PHOTOS", *option])}')

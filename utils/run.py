@@ -5,9 +5,14 @@ import os
 import re
 from pathlib import Path
 
-from utils.checkpoint import lock
+from utils.checkpoint import save_weights
 from utils.cli import UsageError
 from utils.distributed import print0
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class RunFolder:
@@ -23,73 +28,80 @@ class RunFolder:
 
     def __init__(self, home, name, default, resume):
         self.runs, self.latest = Path(home, 'runs'), Path(home, 'unet.pth')
-        self.default, self.lock_path = default, self.runs / '.lock'  # the lock is for all weights
         self.runs.mkdir(parents=True, exist_ok=True)
-        self.path = self.open(name or default, is_exact=resume and name is not None, resume=resume)
+        asked, is_exact = self.runs / (name or default), resume and name is not None
+        self.path, self.lock = find_folder(asked, is_exact, resume)
+        self.is_renamed = self.path != asked
+        if not self.lock:
+            raise UsageError(
+                f'another process is training in {self.path}; wait for its end, or give another '
+                '--name'
+            )
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
-        self.skipped = self.path / 'skipped.txt'
+        with lock(self.runs, wait=True):
+            self.keep_weights()
         if resume and not self.checkpoint.exists():
             print0(f'nothing to go on with in {self.path}: its run begins')
-        with lock(self.lock_path, wait=True):
-            self.finish_killed_saving()
-            if self.weights.exists() and not self.checkpoint.exists():
-                rename(self.weights, 'has no checkpoint beside it')
-            if self.latest.exists() and not self.is_in_a_run(self.latest.read_bytes()):
-                rename(self.latest, "is in no run's folder")
-
-    def open(self, name, is_exact, resume):
-        """Make and lock the folder; return its path."""
-        number = 1 if is_exact else latest_number(self.runs, name)
-        while True:
-            path = self.runs / (name if number == 1 else f'{name}_{number}')
-            if resume or not is_used(path):
-                path.mkdir(exist_ok=True)
-                self.lock = lock(path / '.lock')
-                if self.lock:
-                    break
-                if resume:
-                    raise UsageError(
-                        f'another process is training in {path}; wait for its end, or give '
-                        'another --name'
-                    )
-            number += 1
-        if number > 1 and not resume:  # a run that is killed has no time to say it
+        elif self.is_renamed and not resume:  # a run that is killed has no time to say it
             print0(
-                f'{self.runs / name} is taken: this run is in {path}; to go on with it, '
-                f'add --name {path.name} --resume'
+                f'{asked} is taken: this run is in {self.path}; to go on with it, add '
+                f'--name {self.path.name} --resume'
             )
-        return path
 
-    def finish_killed_saving(self):
-        """Do what a process did not come to that was killed while it saved."""
-        for leftover in self.path.glob('*.pth.????????.tmp'):
-            if self.latest.exists() and leftover.read_bytes() == self.latest.read_bytes():
-                os.replace(leftover, self.weights)  # between the two files of save_weights
-            else:
+    def keep_weights(self):
+        """Rename weights that would be lost, and remove what a killed process left."""
+        if self.weights.exists() and not self.checkpoint.exists():
+            rename(self.weights, 'has no checkpoint beside it')
+        if self.latest.exists():
+            weights = self.latest.read_bytes()
+            # a file that a killed run could not rename any more counts, too
+            if all(path.read_bytes() != weights for path in self.runs.glob('*/unet*.pth*')):
+                rename(self.latest, "is in no run's folder")
+        for folder in self.path, self.latest.parent:
+            for leftover in folder.glob('*.pth.????????.tmp'):  # of a process that was killed
                 leftover.unlink()
-        for leftover in self.latest.parent.glob('unet.pth.????????.tmp'):
-            leftover.unlink()
+
+    def save_weights(self, net):
+        """Atomically save the weights as the run's, and as the latest."""
+        with lock(self.runs, wait=True):
+            save_weights(net, self.latest, self.weights)
 
     def is_latest(self):
         """Tell whether the latest weights are this run's."""
         return self.latest.exists() and self.latest.read_bytes() == self.weights.read_bytes()
 
-    def is_in_a_run(self, weights):
-        """Tell whether some run's folder has these weights (bytes)."""
-        # a file that a killed run could not rename any more counts, too
-        return any(path.read_bytes() == weights for path in self.runs.glob('*/unet*.pth*'))
+
+def find_folder(path, is_exact, resume):
+    """Make and lock the folder of a run that asks for `path`; return it and its lock (see lock)."""
+    family, number = re.compile(re.escape(path.name) + '(?:_([2-9]|[1-9][0-9]+))?'), 1
+    if not is_exact:
+        matches = map(family.fullmatch, os.listdir(path.parent))
+        number = max((int(match[1] or 1) for match in matches if match), default=1)
+    while True:
+        folder = path if number == 1 else path.with_name(f'{path.name}_{number}')
+        if resume or not any(folder.glob('*.pth')):
+            folder.mkdir(exist_ok=True)
+            if (held := lock(folder)) or resume:
+                return folder, held
+        number += 1
 
 
-def is_used(path):
-    """Tell whether a run has saved anything in the folder `path`."""
-    return any(path.glob('*.pth'))
+def lock(folder, wait=False):
+    """Return an open file that locks the folder until it is closed, or the process ends.
 
-
-def latest_number(runs, name):
-    """Return the highest number of the runs NAME (1), NAME_2, … in the folder `runs`, 1 of none."""
-    family = re.compile(re.escape(name) + '(?:_([2-9]|[1-9][0-9]+))?')
-    matches = map(family.fullmatch, os.listdir(runs))
-    return max((int(match[1] or 1) for match in matches if match), default=1)
+    Returns None if another process holds the lock, and `wait` is false.
+    """
+    file = open(folder / '.lock', 'a')
+    if fcntl:
+        try:
+            # a POSIX lock: child processes do not inherit it, and so cannot outlive the owner
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:  # a file system without locks: go on unprotected
+            pass
+    return file
 
 
 def rename(path, reason):
