@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 import uuid
-import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -33,7 +32,6 @@ except ImportError:
     sys.exit('app.py: the page needs Gradio: pip install -r requirements-app.txt')
 
 import predict
-from demo_landscapes import draw_landscapes
 from unet import UNet
 from utils import cli
 from utils.checkpoint import load_weights
@@ -55,19 +53,16 @@ def parse_args(argv):
 class Page:
     """What visitors see.
 
-    `folder` holds drawings to try and, in a folder for each browser window, the photos that were
-    dropped there and their results.
+    In `folder`, each browser window has a folder with the photos dropped there and their results.
     """
 
     def __init__(self, net, folder):
         self.net, self.folder = net, folder
-        draw_landscapes(folder / 'drawings', per_kind=1)
-        self.examples = sorted(map(str, (folder / 'drawings').rglob('*.jpg')))
         self.lock = threading.Lock()  # nothing is made for a window that was closed meanwhile
 
     def build(self):
         """Return the page, as gradio.Blocks."""
-        size = predict.default_size(self.net)
+        size = self.net.image_size
         with gr.Blocks(title='Colorize', analytics_enabled=False) as blocks:
             gr.Markdown(
                 '# Colorize photos\nDrop photos, and drag the line between gray and color. '
@@ -91,38 +86,23 @@ class Page:
                     pair = gr.ImageSlider(label='Gray and color', elem_id='result', **still)
                     still = dict(interactive=False, buttons=[], show_label=False)
                     others = gr.Gallery(visible=False, columns=4, elem_id='others', **still)
-            gr.Markdown('Or try a drawing:')
-            still |= dict(allow_preview=False)
-            examples = gr.Gallery(self.examples, columns=7, height=150, elem_id='examples', **still)
             blocks.unload(self.leave)
             shown = [pair, others, button, message]
             quiet = dict(show_progress='hidden', api_visibility='private')
             quiet |= dict(trigger_mode='always_last')
-            files.upload(self.drop, [files, *sliders], [*shown, files], **quiet)
-            examples.select(self.try_example, sliders, shown, **quiet)
+            files.upload(self.take, [files, *sliders], [*shown, files], **quiet)
             for slider in sliders:
                 slider.change(self.show, sliders, shown, **quiet)
         return blocks
 
-    def drop(self, paths, size, saturation, request: gr.Request):
-        """Take a visitor's photos; return what the page shows of them, and an empty field."""
-        self.take(paths, request)
-        for path in paths:
-            os.unlink(path)  # the window's folder has all that it needs
-        return *self.show(size, saturation, request), None
-
-    def try_example(self, size, saturation, request: gr.Request, event: gr.SelectData):
-        """Take the drawing that was clicked; return what the page shows of it."""
-        self.take([self.examples[event.index]], request)
-        return self.show(size, saturation, request)
-
-    def take(self, paths, request):
-        """Put photos in place of the window's earlier ones."""
+    def take(self, paths, size, saturation, request: gr.Request):
+        """Take photos in place of earlier ones; return what the page shows, and an empty field."""
         self.leave(request)
         for number, path in enumerate(paths):
             folder = self.folder / request.session_hash / 'photos' / f'{number:04}'
             folder.mkdir(parents=True)
-            shutil.copy(path, folder)
+            shutil.move(path, folder)
+        return *self.show(size, saturation, request), None
 
     def show(self, size, saturation, request: gr.Request):
         """Colorize the window's photos.
@@ -135,11 +115,13 @@ class Page:
         args = Namespace(size=size, saturation=saturation, compare=False, overwrite=False)
         with self.lock:
             photos = sorted(home.glob('photos/*/*'))
-            # a new one: browsers keep what they have seen under a name
-            folder, done, refused = home / uuid.uuid4().hex, {}, []
+            for earlier in home.glob('result_*'):
+                shutil.rmtree(earlier)
+            # a new folder: browsers keep what they have seen under a name
+            folder, done, refused = home / f'result_{uuid.uuid4().hex}', {}, []
             for photo in photos:
-                result = folder / f'{photo.stem}_colorized{photo.suffix}'
-                result = predict.result_path(result)
+                name = f'{photo.stem}_colorized{photo.suffix}'
+                result = predict.result_path(folder / 'photos' / name)
                 outcome = predict.colorize_file(photo, result, self.net, args)
                 if outcome == predict.DONE:
                     done[result] = photo
@@ -155,7 +137,9 @@ class Page:
                 preview(first, folder / 'color.jpg'),
             )
             pictures = [preview(path, folder / f'{path.stem}_small.jpg') for path in others]
-            file = pack(list(done), folder / 'colorized.zip') if others else first
+            file = first
+            if others:
+                file = shutil.make_archive(folder / 'colorized', 'zip', folder / 'photos')
             gallery = gr.update(value=pictures, visible=bool(others))
             return pair, gallery, gr.update(value=file, interactive=True), message
 
@@ -171,14 +155,6 @@ def preview(path, smaller, mode='RGB'):
     picture.thumbnail((PREVIEW, PREVIEW))
     picture.save(smaller, quality=95)
     return smaller
-
-
-def pack(paths, archive):
-    """Put files in a ZIP archive; return its path."""
-    with zipfile.ZipFile(archive, 'w') as file:
-        for path in paths:
-            file.write(path, path.name)
-    return archive
 
 
 def serve(net, port, folder):

@@ -56,12 +56,7 @@ def parse_args(argv):
     add('--epochs', type=cli.positive_int, default=10, help='how often each photo is seen')
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
-    add(
-        '--colorfulness_weight',
-        type=cli.factor,
-        default=0.025,
-        help='of dull colors in what is minimized',
-    )
+    add('--colorfulness_weight', type=cli.factor, default=0.025, help='of dullness in the loss')
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
@@ -80,9 +75,6 @@ def parse_args(argv):
     return args
 
 
-# ---------------------------------------------------------------------------- training
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How steps are taken. The defaults are the course's: squared error, the optimizer's own rate.
@@ -96,12 +88,7 @@ class Recipe:
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
     small_steps: float = 0.0  # the share of the steps, from the first, at half the size
     steps_per_epoch: int = 0
-    epochs: int = 0
-
-    @property
-    def steps(self):
-        """Return the number of steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
+    steps: int = 0  # of the whole run
 
     def get_objective(self, squared_error, dullness):
         """Return what is minimized."""
@@ -149,17 +136,11 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     finite.
     """
     device = next(model.parameters()).device
+    loss_sum = torch.tensor(progress.loss_sum, device=device)
     model.train()
-    losses, signum, synced = [], 0, time.monotonic()  # losses stay on the device until sync_losses
-    bar = tqdm(
-        loader,
-        f'epoch {progress.epoch + 1}',
-        recipe.steps_per_epoch or None,
-        initial=progress.step,
-        unit='step',
-        leave=False,
-        disable=distributed.no_bar,
-    )
+    options = dict(unit='step', leave=False, disable=distributed.no_bar)
+    total, name = recipe.steps_per_epoch or None, f'epoch {progress.epoch + 1}'
+    bar, asked, signum = tqdm(loader, name, total, initial=progress.step, **options), 0, 0
     for x, y in bar:
         # every rank must agree on the size of the batch, and on stopping
         batch_size, signum = all_reduce_sum(len(x), stop.signum if stop else 0)
@@ -171,19 +152,17 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
                 group['lr'] = recipe.get_lr(step)
         if recipe.is_small(step, x.shape[-1]):
             x, y = shrink(x, y, step, of_parts=progress.epoch >= WHOLE_EPOCHS)
+        loss_sum += train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
         progress.step += 1
-        loss = train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
-        losses.append((progress.step, loss))
         progress.seen += len(x)
-        if time.monotonic() - synced > 0.5:
-            sync_losses(losses, progress)
+        if time.monotonic() - asked > 0.5:  # seldom, because the host has to wait for the device
+            progress.set_loss(loss_sum.item())
             bar.set_postfix_str(f'loss {progress.loss_sum / max(1, progress.seen):.4f}')
-            synced = time.monotonic()
-    sync_losses(losses, progress)
+            asked = time.monotonic()
+    progress.set_loss(loss_sum.item())
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise progress.not_finite('a weight is not finite')
-    # from here on those of all ranks; after --resume, rank 0 alone goes on with them
-    progress.loss_sum, progress.seen = all_reduce_sum(progress.loss_sum, progress.seen)
+    progress.all_reduce()
     if signum:
         raise Stopped
     return progress.loss_sum / progress.seen
@@ -213,20 +192,6 @@ def train_step(model, optimizer, x, y, batch_size, recipe):
     return squared_error.detach()
 
 
-def sync_losses(losses, progress):
-    """Add up and forget the losses (step, tensor): only here the host waits for the device.
-
-    Raises FloatingPointError if one is not finite.
-    """
-    if losses:
-        steps, values = zip(*losses, strict=True)
-        for step, loss in zip(steps, torch.stack(values).tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise progress.not_finite(f'the loss is {loss}', step)
-            progress.loss_sum += loss
-        losses.clear()
-
-
 @torch.no_grad()
 def evaluate(net, loader, precision, stop):
     """Return the metrics of all photos of `loader`, over all ranks: a dict (see to_metrics).
@@ -248,9 +213,6 @@ def evaluate(net, loader, precision, stop):
     return color.to_metrics(means)
 
 
-# ---------------------------------------------------------------------------- a run
-
-
 def run(args, home, stop):
     """Run the training, from photos to weights, in the folder `home`; return the exit code."""
     device = choose_device(args.device)
@@ -268,7 +230,10 @@ def run(args, home, stop):
             report.print_end(folder, state.progress)
         return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
-    recipe = new_recipe(args, photos, precision)
+    steps_per_epoch = math.ceil(len(photos.training) / args.batch_size)
+    small = 0.0 if args.demo else SMALL_STEPS
+    steps = args.epochs * steps_per_epoch
+    recipe = Recipe(precision, args.colorfulness_weight, args.lr, small, steps_per_epoch, steps)
     if folder:
         report.print_skipped(photos, folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
@@ -289,7 +254,7 @@ def run(args, home, stop):
     if args.dry_run:
         print0('the dry run went through everything, and kept nothing')
     elif folder:
-        shown = [photos.get_path(index) for index in photos.get_shown()[::4]]
+        shown = [os.path.join(photos.root, photos.names[index]) for index in photos.get_shown(4)]
         report.print_end(folder, state.progress, shown, args.data_path if args.demo else None)
     return 0
 
@@ -343,18 +308,6 @@ def new_state(args, names, device, precision):
     optimizer = Muon(net.parameters(), args.lr, fused=device.type != 'mps')
     settings = {name: getattr(args, name) for name in FIXED} | dict(data_path=fingerprint(names))
     return State(net, optimizer, precision.scaler, settings)
-
-
-def new_recipe(args, photos, precision):
-    """Return the Recipe of a run."""
-    return Recipe(
-        precision,
-        args.colorfulness_weight,
-        args.lr,
-        small_steps=0.0 if args.demo else SMALL_STEPS,
-        steps_per_epoch=math.ceil(len(photos.training) / args.batch_size),
-        epochs=args.epochs,
-    )
 
 
 def open_page(args, folder, photos, state):

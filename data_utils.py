@@ -33,8 +33,6 @@ from utils.device import available_cpus, free_memory, to_device
 from utils.distributed import print0
 from utils.photos import list_photos, load_photo, to_pixels
 
-# ---------------------------------------------------------------------------- the course's loader
-
 
 class ImageFolderGrayColor(ImageFolder):
     """A dataset of items (transform(photo), target_transform(photo)).
@@ -68,9 +66,6 @@ def get_colorized_dataset_loader(path, **kwargs):
     return DataLoader(ImageFolderGrayColor(path, gray, color), **kwargs)
 
 
-# ---------------------------------------------------------------------------- the photos of a run
-
-
 @dataclass(frozen=True)
 class Photos:
     """The photos of a run at one size, as one tensor.
@@ -87,14 +82,10 @@ class Photos:
     training: list
     validation: list
 
-    def get_path(self, index):
-        """Return the path of a photo."""
-        return os.path.join(self.root, self.names[index])
-
-    def get_shown(self):
-        """Return the indices of up to 16 photos to look at, held-out ones if possible."""
+    def get_shown(self, most=16):
+        """Return the indices of up to `most` photos to look at, held-out ones if possible."""
         shown = self.validation or self.training
-        number = min(16, len(shown))
+        number = min(most, len(shown))
         return [shown[i * len(shown) // number] for i in range(number)]
 
 
@@ -200,9 +191,6 @@ def fingerprint(names):
     """Return the number of photos, and a hash of their names."""
     digest = hashlib.sha256('\n'.join(names).encode('utf-8', 'surrogateescape'))
     return f'of {len(names)} photos ({digest.hexdigest()[:8]})'
-
-
-# ---------------------------------------------------------------------------- the batches of a run
 
 
 def is_held_out(name, fraction):

@@ -221,13 +221,10 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
     A folder that has files is left as it is. The pictures appear all at once: whether the drawing
     is interrupted, or drawn twice at the same time, there is never a part of them in the folder.
 
-    Returns the number of pictures in the folder. Raises OSError if it cannot be written, and
-    UsageError if it is empty and the working directory.
+    Returns the number of pictures in the folder. Raises OSError if it cannot be written.
     """
     folder = Path(folder).resolve()  # a link stays a link: its target is filled
     if is_empty(folder):
-        if folder == Path.cwd():  # replaced, it would be gone for the shell
-            raise cli.UsageError('this is the working directory: name a folder in it')
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.tmp', dir=folder.parent) as tmp:
             whole = Path(tmp, 'whole')
@@ -249,16 +246,10 @@ def main(argv=None):
     """Run the command line; return its exit code."""
     cli.print_any_name()
     parser = cli.ArgumentParser('demo_landscapes.py', __doc__)
-    parser.add_argument('folder', nargs='?', default='data/demo', help='where the pictures go')
-    parser.add_argument(
-        '--per_kind',
-        type=cli.positive_int,
-        default=40,
-        help=f'pictures of each of the {len(KINDS)} kinds',
-    )
-    parser.add_argument(
-        '--seed', type=cli.nonnegative_int, default=0, help='another seed draws other pictures'
-    )
+    add = parser.add_argument
+    add('folder', nargs='?', default='data/demo', help='where the pictures go')
+    add('--per_kind', type=cli.positive_int, default=40, help='pictures of each of seven kinds')
+    add('--seed', type=cli.nonnegative_int, default=0, help='another seed draws other pictures')
     args = parser.parse_args(argv)
     Stop()  # a signal now removes the temporary folder
     try:

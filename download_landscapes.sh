@@ -9,9 +9,8 @@
 # to the disk's topmost one: the archive is kept beside the photos until they are unpacked.
 #
 # The photos are landscapes_small.zip of https://github.com/ml5js/ml5-data-and-models, collected
-# from Flickr; each keeps its photographer's license. The data set's README asks whoever builds on
-# the images, or does generative work, to take out licenses 3 (CC BY-NC-ND) and 6 (CC BY-ND):
-# --remixable does.
+# from Flickr; each keeps its photographer's license. The data set's README asks those who do
+# generative work to take out licenses 3 (CC BY-NC-ND) and 6 (CC BY-ND): --remixable does.
 #
 # LANDSCAPES_URL names another copy of the archive, with the license records in licenses/ beside
 # it; LANDSCAPES_BLOB_ID is the git blob id that this copy must have.
@@ -19,7 +18,6 @@
 set -euo pipefail
 
 die() { echo "download_landscapes.sh: $2" >&2; exit "$1"; }
-has() { command -v "$1" > /dev/null; }
 
 remixable=
 for arg in "$@"; do
@@ -29,8 +27,9 @@ for arg in "$@"; do
         *) die 2 "unknown argument $arg: see --help" ;;
     esac
 done
-has curl || has wget || die 1 'curl or wget is needed: install one of them'
-has python3 || die 1 'python3 is needed: install it'
+for tool in curl python3; do
+    command -v $tool > /dev/null || die 1 "$tool is needed: install it"
+done
 
 cd "$(dirname "$0")"
 url=https://github.com/ml5js/ml5-data-and-models/raw/master/datasets/images/landscapes
@@ -60,12 +59,9 @@ lock() {  # lock LOCK_EX waits, lock LOCK_NB fails; macOS has no command for it
 }
 
 get() {  # get URL FILE: goes on where FILE ends; at a terminal it shows how far it is
-    local tool=(wget -c -T 60 -t 3 -O "$2") quiet=-nv
-    if has curl; then
-        tool=(curl -fL -C - --speed-time 60 --progress-bar -o "$2") quiet=-sS
-    fi
-    if [ -t 2 ]; then quiet=; fi
-    "${tool[@]}" $quiet "$1"
+    local progress=-sS
+    if [ -t 2 ]; then progress=--progress-bar; fi
+    curl -fL -C - --speed-time 60 "$progress" -o "$2" "$1"
 }
 
 is_whole() {  # by git's blob id: the SHA-1 of a short header and the bytes
@@ -85,8 +81,6 @@ def find_photos(archive):
     photos = []
     for member in archive.infolist():
         path = pathlib.PurePosixPath(member.filename)
-        if path.is_absolute() or '..' in path.parts:
-            raise ValueError(f'{member.filename!r} lies outside the folder')
         is_hidden = any(part.startswith(('.', '__MACOSX')) for part in path.parts)
         if path.suffix.lower() in ('.jpg', '.jpeg', '.png') and not is_hidden:
             member.filename = '/'.join(path.parts[-2:])

@@ -34,9 +34,8 @@ from utils.checkpoint import atomic_write, load_weights
 from utils.cli import UsageError
 from utils.color import is_gray, luminance, merge_luminance
 from utils.device import Precision, available_cpus, choose_device
-from utils.photos import MOST_PIXELS, list_photos, open_photo, to_pixels, to_rgb, turn_upright
+from utils.photos import MOST_PIXELS, list_photos, open_photo, to_pixels, to_rgb
 
-DEFAULT_SIZE = 224  # of what the network sees, where the weights do not tell: the course's
 FORMATS = 'AVIF', 'BMP', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'  # all others become PNG
 QUALITY = dict(AVIF=95, WEBP=100)  # JPEG has 98; a little less costs more than a gray level
 OPAQUE = 'BMP', 'JPEG', 'PPM'
@@ -60,14 +59,11 @@ def parse_args(argv):
     return parser.parse_intermixed_args(argv)
 
 
-# ---------------------------------------------------------------------------- one photo
-
-
 def colorize(net, photo, size=None, saturation=1.0):
     """Colorize a PIL image of any mode: return RGB of the same size and luminance.
 
-    `size` is the shorter side of what the network sees, in pixels: by default that of its training
-    (`net.image_size`, from load_weights), else DEFAULT_SIZE. `saturation` multiplies the color.
+    `size` is the shorter side of what the network sees, in pixels: by default that of its training.
+    `saturation` multiplies the color.
     """
     gray = to_rgb(photo).convert('L')
     return apply_chroma(gray, predict_chroma(net, gray, size), saturation)
@@ -80,7 +76,10 @@ def predict_chroma(net, gray, size=None):
     It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]. The network sees a reduced copy,
     H×W, its shorter side about `size`, its longer at most 4 * `size`. Raises FloatingPointError.
     """
-    x = to_pixels(gray.resize(seen_size(net, gray.size, size), Image.Resampling.BILINEAR))
+    size = size or net.image_size
+    scale = min(size / min(gray.size), 4 * size / max(gray.size))
+    seen = [max(8, 8 * round(side * scale / 8)) for side in gray.size]  # a UNet's multiples
+    x = to_pixels(gray.resize(seen, Image.Resampling.BILINEAR))
     device = next(net.parameters()).device
     x = x[None, None].to(device) / 127.5 - 1
     with Precision('auto', device).autocast:
@@ -92,27 +91,12 @@ def predict_chroma(net, gray, size=None):
     return torch.stack([blue / 1.772, red / 1.402]).cpu()
 
 
-def default_size(net):
-    """Return the size of the network's training, as load_weights set it, else DEFAULT_SIZE."""
-    return getattr(net, 'image_size', None) or DEFAULT_SIZE
-
-
-def seen_size(net, photo_size, size=None):
-    """Return the (width, height) at which the network sees a photo: multiples of 8."""
-    size = size or default_size(net)
-    scale = min(size / min(photo_size), 4 * size / max(photo_size))
-    return [max(8, 8 * round(side * scale / 8)) for side in photo_size]
-
-
 def apply_chroma(gray, chroma, saturation=1.0):
     """Lay what predict_chroma returned, times `saturation`, over the gray PIL image: RGB."""
     chroma = (128 + 255 * saturation * chroma).round().clamp(0, 255).byte()
     planes = (Image.fromarray(plane.numpy()) for plane in chroma)
     cb, cr = (plane.resize(gray.size, Image.Resampling.BILINEAR) for plane in planes)
     return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
-
-
-# ---------------------------------------------------------------------------- one file
 
 
 def format_of(path):
@@ -136,7 +120,10 @@ def draw_result(photo, format, colorize, compare=False):
 
     With `compare`, gray, colorized and original (if that has color) are side by side.
     """
-    photo, alpha = split_alpha(photo, format)
+    alpha = None
+    if photo.has_transparency_data and photo.mode[0] not in 'IF' and format not in OPAQUE:
+        alpha = photo.convert('RGBA').getchannel('A')
+        photo = photo.convert('RGBA').convert('RGB')
     parts = [colorize(photo)]
     if compare:
         original = to_rgb(photo)
@@ -147,14 +134,6 @@ def draw_result(photo, format, colorize, compare=False):
         for part in parts:
             part.putalpha(alpha)
     return parts[0] if len(parts) == 1 else side_by_side(parts)
-
-
-def split_alpha(photo, format):
-    """Return the photo and its transparency, or None if it has none, or `format` holds none."""
-    if format in OPAQUE or not photo.has_transparency_data or photo.mode[0] in 'IF':
-        return photo, None
-    photo = photo.convert('RGBA')
-    return photo.convert('RGB'), photo.getchannel('A')
 
 
 def side_by_side(parts):
@@ -186,7 +165,6 @@ def colorize_file(path, result, net, args):
     draw = partial(colorize, net, size=args.size, saturation=args.saturation)
     try:
         with open_photo(path) as photo:
-            turn_upright(photo)
             picture = draw_result(photo, format, draw, args.compare)
             content = encode(picture, photo, format)
         result.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +172,6 @@ def colorize_file(path, result, net, args):
         return DONE
     except Exception as error:  # decoders, encoders and devices raise nearly anything
         return (str(error) or repr(error)).splitlines()[0]
-
-
-# ---------------------------------------------------------------------------- many files
 
 
 def find_results(paths, output):
@@ -284,7 +259,7 @@ def report(outcomes, output, seconds, stop):
     if stop.signum:
         line = f'stopped; {finished} of {len(outcomes)} photos are done, in {output}'
         print(f'predict.py: {line}', file=sys.stderr)
-        return stop.exit_code
+        return 128 + stop.signum
     if done := count[DONE]:
         print(f'{done} photo{"s" * (done > 1)} in {output} ({done / seconds:.1f} photos/s)')
     return 0 if finished == len(outcomes) else 1

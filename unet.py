@@ -3,8 +3,6 @@
 python unet.py      # prints "Shapes OK"
 """
 
-import argparse
-
 import torch
 import torch.nn as nn
 
@@ -52,9 +50,9 @@ class UNet(nn.Module):
     Raises ValueError if three 2×2 poolings cannot divide H and W, both at least 8.
     """
 
-    def __init__(self, image_size=None):
+    def __init__(self, image_size=224):
         super().__init__()
-        self.image_size = image_size  # side in pixels of the photos that it is trained on, if known
+        self.image_size = image_size  # side in pixels of the photos that it is trained on
         self.downsample_block_1 = DownSampleBlock(1, 32)
         self.downsample_block_2 = DownSampleBlock(32, 64)
         self.downsample_block_3 = DownSampleBlock(64, 128)
@@ -92,10 +90,6 @@ class UNet(nn.Module):
         x = self.upsample_block_1(x, x_skip1)
         return self.last_conv(x)
 
-    def get_features(self, x):
-        """Return what the network knows of a photo: (B, 1, H, W) → (B, 256, H/8, W/8)."""
-        return self.encode(x)[0]
-
     def encode(self, x):
         """Return the middle block's output, and the three skip connections."""
         height, width = x.shape[-2:]
@@ -108,7 +102,6 @@ class UNet(nn.Module):
 
 
 if __name__ == '__main__':
-    argparse.ArgumentParser(description='Check the shapes of the network.').parse_args()
     net = UNet()
     for size in (64, 224), (224, 224):
         assert net(torch.zeros(2, 1, *size)).shape == (2, 3, *size)

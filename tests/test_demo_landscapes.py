@@ -91,7 +91,6 @@ def test_a_signal_leaves_nothing(tmp_path):
         (['--per_kind', '0'], 2, 'argument --per_kind: 0 is not a whole number above 0'),
         (['--seed', '-1'], 2, 'argument --seed: -1 is not a whole number, 0 or above'),
         (['a', 'b'], 2, 'unrecognized arguments: b'),
-        (['.'], 2, 'is the working directory'),
         (['notes'], 2, 'notes has no pictures and is not empty: name another'),
         (['notes/1.txt'], 2, 'notes/1.txt has no pictures and is not empty: name another'),
         (['notes/1.txt/demo'], 1, 'notes/1.txt: File exists'),

@@ -195,6 +195,6 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(train, tmp_path):
     torch.save(dict(version=VERSION - 1, net={}), tmp_path / CHECKPOINT)
     before = (tmp_path / CHECKPOINT).read_bytes()
     printed = train('--resume', code=2)
-    refused = f'colorize.py: {CHECKPOINT} is no checkpoint of this version of the program: move it'
+    refused = f'colorize.py: {CHECKPOINT} is of another version of the program; move it'
     assert printed.err.startswith(refused) and printed.err.count('\n') == 1 and printed.out == ''
     assert (tmp_path / CHECKPOINT).read_bytes() == before

@@ -62,7 +62,7 @@ def test_another_process_s_run_is_its_own_until_that_ends(tmp_path):
         finally:
             os._exit(1)
     assert os.read(ours, 9) == b'UNet'
-    with pytest.raises(UsageError, match='another process is training in .*/UNet; wait for its'):
+    with pytest.raises(UsageError, match='another process is training in .*/UNet; give another'):
         open_run(tmp_path, resume=True)
     assert open_run(tmp_path) == 'UNet_2'
     os.kill(other, signal.SIGKILL)

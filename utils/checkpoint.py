@@ -17,9 +17,6 @@ from utils.cli import UsageError
 VERSION = 5  # of checkpoints; others are refused
 
 
-# ---------------------------------------------------------------------------- files
-
-
 def atomic_write(content, *paths):
     """Atomically write bytes to each of the paths: no reader ever sees a part of a file.
 
@@ -66,9 +63,6 @@ def load_tensors(path):
         raise UsageError(f'{path} is damaged, or no file of tensors; nothing was run') from error
 
 
-# ---------------------------------------------------------------------------- weights
-
-
 def save_weights(net, *paths):
     """Atomically save the weights, as any laptop can load them: contiguous CPU float32 tensors.
 
@@ -81,15 +75,15 @@ def save_weights(net, *paths):
         for name, value in state.items()
     )
     plain._metadata = OrderedDict(state._metadata)
-    plain._metadata[''] = dict(state._metadata[''], image_size=getattr(net, 'image_size', None))
+    plain._metadata[''] = dict(state._metadata[''], image_size=net.image_size)
     atomic_write(to_bytes(plain), *paths)
 
 
 def load_weights(net, path):
     """Load the weights in the file `path`, as training saves them, into `net`, and return it.
 
-    `net.image_size` becomes the side in pixels of the photos that it was trained on, or None if
-    the file does not tell. Raises UsageError if the file holds anything else.
+    `net.image_size` becomes that of the training, if the file tells. Raises UsageError if the file
+    holds anything else.
     """
     if not os.path.exists(path):
         raise UsageError(f'no weights {path}: train with colorize.py, or name them with --weights')
@@ -97,7 +91,8 @@ def load_weights(net, path):
     if isinstance(state, dict) and 'progress' in state:
         raise UsageError(f'{path} is the checkpoint of a run; its weights are unet.pth beside it')
     set_weights(net, state, path)
-    net.image_size = getattr(state, '_metadata', {}).get('', {}).get('image_size')
+    metadata = getattr(state, '_metadata', {}).get('', {})
+    net.image_size = metadata.get('image_size') or net.image_size
     return net
 
 
@@ -112,9 +107,6 @@ def set_weights(net, state, path):
         raise UsageError(f'{path} holds weights that are not finite')
 
 
-# ---------------------------------------------------------------------------- checkpoints
-
-
 @dataclass
 class Progress:
     """How far a run has come."""
@@ -126,6 +118,16 @@ class Progress:
     best: float = math.inf  # the lowest objective on the held-out photos
     best_epoch: int = 0  # the epoch that had it, whose weights are saved
     best_gain: float = 0.0  # dB over the gray copy in that epoch
+
+    def set_loss(self, loss_sum):
+        """Note the sum of the losses of all photos seen. Raises FloatingPointError."""
+        if not math.isfinite(loss_sum):
+            raise self.not_finite(f'the loss is {loss_sum}')
+        self.loss_sum = loss_sum
+
+    def all_reduce(self):
+        """Take the sums over all ranks; after --resume, rank 0 alone goes on with them."""
+        self.loss_sum, self.seen = distributed.all_reduce_sum(self.loss_sum, self.seen)
 
     def finish_epoch(self):
         """Count the running epoch as finished."""
@@ -140,11 +142,11 @@ class Progress:
             self.best, self.best_epoch, self.best_gain = objective, self.epoch + 1, gain
         return is_best
 
-    def not_finite(self, what, step=None):
-        """Return the error of a run that `what` ends, at the given step of the running epoch."""
+    def not_finite(self, what):
+        """Return the error of a run that `what` ends."""
         return FloatingPointError(
-            f'{what} at step {step or self.step} of epoch {self.epoch + 1}; weights and checkpoint '
-            'of the epochs before are kept: --resume, or begin again, with a smaller --lr or '
+            f'{what} at step {self.step} of epoch {self.epoch + 1}; weights and checkpoint of the '
+            'epochs before are kept: --resume, or begin again, with a smaller --lr or '
             '--precision fp32'
         )
 
@@ -182,7 +184,13 @@ class State:
         """
         checkpoint = None
         if distributed.rank == 0 and os.path.exists(path):
-            checkpoint = self.read(path)
+            checkpoint = load_tensors(path)
+            if not isinstance(checkpoint, dict) or checkpoint.get('version') != VERSION:
+                raise UsageError(f'{path} is of another version of the program; move it away')
+            for name, value in self.settings.items():
+                if (trained := checkpoint['settings'][name]) != value:
+                    wanted = f'--{name} {trained}, not {value}: give that, or another --name'
+                    raise UsageError(f'--resume: {path} was trained with {wanted}')
         checkpoint = distributed.broadcast(checkpoint)
         if not checkpoint:
             return
@@ -194,19 +202,3 @@ class State:
         self.progress = Progress(**checkpoint['progress'])
         if distributed.rank:  # the sums over all ranks are rank 0's to carry on
             self.progress.loss_sum, self.progress.seen = 0.0, 0
-
-    def read(self, path):
-        """Return the checkpoint at `path`, a dict. Raises UsageError as `load` does."""
-        checkpoint = load_tensors(path)
-        if not isinstance(checkpoint, dict) or checkpoint.get('version') != VERSION:
-            raise UsageError(
-                f'{path} is no checkpoint of this version of the program: move it away, or give '
-                'another --name'
-            )
-        for name, value in self.settings.items():
-            if (trained := checkpoint['settings'][name]) != value:
-                raise UsageError(
-                    f'--resume: {path} was trained with --{name} {trained}, not {value}: give '
-                    'that, or another --name'
-                )
-        return checkpoint

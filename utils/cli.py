@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import re
 import sys
 
 import torch
@@ -42,9 +41,6 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument('--device', choices=choices, default='auto', help='where to compute')
 
 
-# ---------------------------------------------------------------------------- types of numbers
-
-
 def number(kind, is_allowed, rule):
     """Return an argparse type: `kind` of the text, refused with `rule` unless `is_allowed`."""
 
@@ -77,9 +73,6 @@ def folder_name(text):
     return text
 
 
-# ---------------------------------------------------------------------------- output and errors
-
-
 def print_any_name():
     """Let standard output take the names of files, which need not be text."""
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
@@ -110,12 +103,14 @@ def explain_error(error, batch_size=0):
     if isinstance(error, OSError | FloatingPointError):
         return 1, text
     if is_out_of_memory(error):
-        return 1, explain_out_of_memory(text, batch_size)
-    if 'no kernel image is available' in text:
+        smaller = f'--batch_size than {batch_size} or ' if batch_size else ''
         return 1, (
-            f'torch {torch.__version__} was not built for this GPU: install one that was '
-            '(https://pytorch.org/get-started/previous-versions), or --device cpu'
+            f'out of memory: try a smaller {smaller}--image_size, or end other programs on '
+            'the GPU (nvidia-smi names them)'
         )
+    if 'no kernel image is available' in text:
+        where = 'https://pytorch.org/get-started/previous-versions'
+        return 1, f'torch {torch.__version__} was not built for this GPU: see {where}'
     if isinstance(error, dist.DistError) or 'gloo' in text or 'Connection' in text:
         return 1, f'another process of this run has ended: {text}'
     return 0, ''
@@ -128,20 +123,3 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
-
-
-def explain_out_of_memory(text, batch_size):
-    """Return the remedy in one line, from the error's text."""
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    # with one photo or none in each process, a smaller batch needs as much memory
-    if batch_size > processes:
-        smaller = f'--batch_size {batch_size // 2} or less'
-    else:
-        smaller = 'a smaller --image_size'
-    # torch's allocator names other processes; an error of CUDA itself comes where others took all
-    if 'CUDA error' in text or re.search(r'Process \d+ has', text):
-        return (
-            'out of memory on the GPU: if nvidia-smi shows another program there, end that; '
-            f'else try {smaller}'
-        )
-    return f'out of memory with --batch_size {batch_size}: try {smaller}'

@@ -69,9 +69,6 @@ def is_gray(photo):
     return colorfulness(sample).item() < GRAY
 
 
-# ---------------------------------------------------------------------------- metrics
-
-
 def measure(prediction, x, y):
     """Return what is averaged over photos to tell how good a prediction is: a dict of (B,).
 
@@ -102,15 +99,14 @@ def to_metrics(means):
     PSNR in dB, from the mean squared error over all photos: the mean of the photos' own PSNRs would
     hang on the few that are nearly gray.
     """
-    of = {
-        name: psnr(means[f'error of {name}']) for name in ('prediction', 'colorized', 'gray copy')
-    }
+    prediction, colorized, gray = (
+        psnr(means[f'error of {name}']) for name in ('prediction', 'colorized', 'gray copy')
+    )
     return {
         'validation loss': means['validation loss'],
         'dullness': means['dullness'],
-        'PSNR of prediction': of['prediction'],
-        'PSNR of colorized': of['colorized'],
-        'PSNR of gray copy': of['gray copy'],
-        GAIN: of['colorized'] - of['gray copy'],
+        'PSNR of prediction': prediction,
+        'PSNR of colorized': colorized,
+        GAIN: colorized - gray,
         VIVIDNESS: 100 * means['colorfulness'] / means['colorfulness of truth'],
     }

@@ -20,18 +20,14 @@ def choose_device(name):
     Raises UsageError if there is no such device.
     """
     if name == 'cuda' and not torch.cuda.is_available():
-        raise UsageError(
-            '--device cuda: torch sees no GPU here (check nvidia-smi, and that '
-            f'torch {torch.__version__} is a CUDA build); --device cpu works'
-        )
+        build = f'torch {torch.__version__} is a CUDA build'
+        raise UsageError(f'--device cuda: torch sees no GPU (check nvidia-smi, and that {build})')
     if name == 'mps' and not torch.backends.mps.is_available():
         raise UsageError('--device mps: torch sees no Apple GPU here; --device cpu works')
     if name == 'cuda' or name == 'auto' and torch.cuda.is_available():
         rank, gpus = distributed.local_rank, torch.cuda.device_count()
         if rank >= gpus:
-            raise UsageError(
-                f'process {rank} has no GPU, this machine has {gpus}: torchrun --nproc_per_node=gpu'
-            )
+            raise UsageError(f'process {rank} has no GPU of {gpus}: torchrun --nproc_per_node=gpu')
         torch.cuda.set_device(rank)
         torch.backends.cudnn.benchmark = True  # pays off: batches have few shapes
         return torch.device('cuda', rank)
@@ -48,9 +44,8 @@ def describe_device(device):
 
 def available_cpus():
     """Return how many processors this process may use: its share if torchrun started several."""
-    if hasattr(os, 'sched_getaffinity'):
-        return max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size)
-    return max(1, os.cpu_count() // distributed.local_world_size)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, cpus // distributed.local_world_size)
 
 
 def check_compiler(device):
@@ -59,11 +54,8 @@ def check_compiler(device):
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # of triton, of a C compiler, of a Python too new for this torch
         lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
-        reason = lines[0] if lines else repr(error)
-        raise UsageError(
-            f'--compile: {reason}; sudo apt-get install -y build-essential python3-dev may help, '
-            'or leave --compile out'
-        ) from error
+        remedy = 'sudo apt-get install -y build-essential python3-dev may help'
+        raise UsageError(f'--compile: {lines[0] if lines else error}; {remedy}') from error
 
 
 class Precision:
@@ -82,10 +74,8 @@ class Precision:
             try:
                 self.autocast = torch.autocast(device.type, dtype)
             except RuntimeError as error:
-                raise UsageError(
-                    f'--precision {self.name}: torch {torch.__version__} cannot on '
-                    f'this {device.type} device; --precision fp32 works'
-                ) from error
+                line = f'--precision {self.name}: not on this {device.type}; fp32 works'
+                raise UsageError(line) from error
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == 'fp16')
 
     @staticmethod
@@ -129,9 +119,6 @@ def to_device(tensor, device):
     if torch.device(device).type == 'cuda' and tensor.device.type == 'cpu':
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-# ---------------------------------------------------------------------------- memory
 
 
 def free_memory(device):

@@ -34,10 +34,7 @@ def list_photos(root):
     Those that Pillow does not read are counted on stderr. Raises UsageError if no other is there.
     """
     if not os.path.exists(root):
-        raise UsageError(
-            f'no such folder: {root}. ./download_landscapes.sh fetches the '
-            'landscapes, --demo draws some, --data_path names your own'
-        )
+        raise UsageError(f'no such folder: {root}; ./download_landscapes.sh or --demo makes one')
     if not os.path.isdir(root):
         raise UsageError(f'{root} is a file; --data_path takes a folder of photos')
     photos, others = [], Counter()
@@ -79,15 +76,22 @@ def walk(root):
 
 
 @contextlib.contextmanager
-def open_photo(path):
-    """Open the photo in the file `path`, as Image.open does, without decoding it.
+def open_photo(path, size=None):
+    """Give the photo in the file `path`, decoded and turned as its EXIF says.
 
-    Raises OSError, whatever is wrong with the file, also in what is done with the photo inside.
+    With `size`, it may be a smaller version, neither side below 2 * `size` pixels: large JPEGs
+    are read much faster. Raises OSError, whatever is wrong with the file, also in what is done with
+    the photo inside.
     """
     try:
         with Image.open(path, formats=FORMATS) as photo:
             if photo.width * photo.height > MOST_PIXELS or max(photo.size) > LONGEST_SIDE:
                 raise OSError(f'{photo.width}×{photo.height} pixels are too many for this machine')
+            if size:
+                photo.draft(None, (2 * size, 2 * size))
+            photo.load()
+            with contextlib.suppress(Exception):  # a damaged EXIF costs the EXIF, not the photo
+                ImageOps.exif_transpose(photo, in_place=True)
             yield photo
     except UnidentifiedImageError as error:
         raise OSError('no photo that Pillow can read') from error
@@ -96,23 +100,9 @@ def open_photo(path):
 
 
 def load_photo(path, size=None):
-    """Return the photo in a file that Pillow reads, as an upright RGB image.
-
-    With `size`, it may be a smaller version, neither side below 2 * `size` pixels: large JPEGs
-    are read much faster. Raises OSError, whatever is wrong with the file.
-    """
-    with open_photo(path) as photo:
-        if size:
-            photo.draft(None, (2 * size, 2 * size))
-        turn_upright(photo)
+    """Return the photo in a file as an upright RGB image; see open_photo."""
+    with open_photo(path, size) as photo:
         return to_rgb(photo)
-
-
-def turn_upright(photo):
-    """Decode an open photo, and turn it as its EXIF says."""
-    photo.load()
-    with contextlib.suppress(Exception):  # a damaged EXIF costs the EXIF, not the photo
-        ImageOps.exif_transpose(photo, in_place=True)
 
 
 def to_rgb(photo):

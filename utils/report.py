@@ -60,25 +60,16 @@ def print_skipped(photos, path):
         with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
             path.write_text('\n'.join(lines) + '\n', 'utf-8', 'surrogateescape')
         gray = sum(reason == 'gray' for _, reason in skipped)
-        print0(
-            f'{len(lines)} of {len(photos.names)} photos are left out, {gray} because they are '
-            f'gray; {path} names them'
-        )
+        count = f'{len(lines)} of {len(photos.names)} photos are left out'
+        print0(f'{count}, {gray} because they are gray; {path} names them')
 
 
 def verdict(gain):
     """Return in words what a gain over the gray copy, in dB, says of a network."""
-    if gain < 0.1:
-        return (
-            f'It does not colorize yet ({gain:+.1f} dB over the gray copy): try more --epochs '
-            'or more photos.'
-        )
-    if gain < 1:
-        return (
-            f'It begins to colorize: {gain:.1f} dB better than the gray copy. More --epochs or '
-            'more photos should give more.'
-        )
-    return f'It colorizes: {gain:.1f} dB better than the gray copy.'
+    if gain >= 1:
+        return f'It colorizes: {gain:.1f} dB better than the gray copy.'
+    words = 'It begins to colorize' if gain >= 0.1 else 'It does not colorize yet'
+    return f'{words}: {gain:+.1f} dB over the gray copy. Try more --epochs or more photos.'
 
 
 def print_stopped(progress, folder):
@@ -102,9 +93,6 @@ def print_end(folder, progress, shown=(), photos=None):
     """
     if not shown:
         print0(f'{folder.path} is finished at epoch {progress.epoch}; more --epochs make it go on')
-    if not folder.weights.exists():
-        print0(f'{folder.weights} was removed; more --epochs make new weights')
-        return
     weights = folder.latest if folder.is_latest() else folder.weights
     print0(f'{weights}: epoch {progress.best_epoch} of {folder.path}')
     if progress.best_gain:  # else nothing is held out to tell

@@ -33,20 +33,15 @@ class RunFolder:
         self.path, self.lock = find_folder(asked, is_exact, resume)
         self.is_renamed = self.path != asked
         if not self.lock:
-            raise UsageError(
-                f'another process is training in {self.path}; wait for its end, or give another '
-                '--name'
-            )
+            raise UsageError(f'another process is training in {self.path}; give another --name')
         self.checkpoint, self.weights = self.path / 'checkpoint.pth', self.path / 'unet.pth'
         with lock(self.runs, wait=True):
             self.keep_weights()
         if resume and not self.checkpoint.exists():
             print0(f'nothing to go on with in {self.path}: its run begins')
         elif self.is_renamed and not resume:  # a run that is killed has no time to say it
-            print0(
-                f'{asked} is taken: this run is in {self.path}; to go on with it, add '
-                f'--name {self.path.name} --resume'
-            )
+            how = f'--name {self.path.name} --resume'
+            print0(f'{asked} is taken: this run is in {self.path}; to go on with it, add {how}')
 
     def keep_weights(self):
         """Rename weights that would be lost, and remove what a killed process left."""

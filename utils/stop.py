@@ -39,18 +39,13 @@ class Stop:
     def __exit__(self, *_):
         self.is_noted_only = False
 
-    @property
-    def exit_code(self):
-        """Return the exit code of a program that was asked to stop."""
-        return 128 + self.signum
-
     def receive(self, signum, _):
         """Handle a signal."""
         if self.signum:
             os._exit(128 + signum)
         self.signum = signum
         if not self.is_noted_only:
-            raise SystemExit(self.exit_code)
+            raise SystemExit(128 + signum)
         # not print, which the signal may have interrupted; it fails if the terminal is gone
         with contextlib.suppress(OSError):
             os.write(2, b'\nstopping after this step; once more to stop at once\n')

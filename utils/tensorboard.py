@@ -42,7 +42,6 @@ class Page:
 
     def __init__(self, path, samples, names, first_epoch):
         self.writer, (self.x, self.y), self.names = None, samples, names
-        self.fixed = {}  # grids that never change, encoded
         silence_writer_thread()
         with harmless():
             self.writer = SummaryWriter(path, purge_step=first_epoch)
@@ -71,12 +70,12 @@ class Page:
             with precision.autocast:
                 prediction = net(self.x)
             gray = (self.x + 1) / 2
-            if not self.fixed:
-                self.fixed = {'Input': encode(gray, 4), 'Ground truth': encode(self.y, 4)}
             prediction = prediction.float()
             colorized = merge_luminance(prediction, gray)
             triptychs = torch.cat([gray.expand_as(self.y), colorized, self.y], dim=3)[::2]
-            grids = self.fixed | {
+            grids = {
+                'Input': encode(gray, 4),
+                'Ground truth': encode(self.y, 4),
                 'Predicted': encode(prediction.clamp(0, 1), 4),
                 'Colorized': encode(triptychs, 2),
             }
@@ -91,7 +90,7 @@ class Page:
         if not self.writer:
             return
         with harmless(), torch.no_grad():
-            features = net.get_features(self.x).float().mean((2, 3))
+            features = net.encode(self.x)[0].float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
             self.writer.add_embedding(features, self.names, thumbnails, epoch, 'features')
             self.writer.close()
