@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import re
 import shutil
 import signal
 import socket
@@ -123,16 +122,6 @@ def images(page, url):
         colored = ImageChops.difference(red, blue).getextrema()[1] > 0
         seen[card.evaluate('card => card.tag')] = card.evaluate('card => card.run'), *size, colored
     return seen
-
-
-def graph(page, url):
-    """Return the names of the parts in the drawing of the UNet, which a double click opens."""
-    open_tab(page, url, 'graphs', 'g.node[data-name="UNet"]')
-    page.locator('g.node[data-name="UNet"]').dblclick()
-    page.wait_for_selector('g.node[data-name^="UNet/"]')
-    parts = page.locator('g.node.meta[data-name^="UNet/"]')
-    names = parts.evaluate_all('nodes => nodes.map(node => node.dataset.name)')
-    return {re.fullmatch(r'UNet/\w+\[(\w+)\]', name)[1] for name in names}
 
 
 def settings(page, url):

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import colorize
@@ -228,41 +226,3 @@ def steps_in(checkpoint):
     steps = {int(weight['step']) for weight in state['optimizer'].values() if 'step' in weight}
     assert len(steps) <= 1, steps
     return max(steps, default=0), state['progress']['epoch'] * STEPS + state['progress']['step']
-
-
-# ---------------------------------------------------------------------------- the course's own
-
-
-def template_conv(i, o):
-    return nn.Sequential(
-        nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.ReLU()
-    )
-
-
-class TemplateUNet(nn.Module):
-    """As a student would write it from the course's template: names and shapes only."""
-
-    def __init__(self):
-        super().__init__()
-        for name, i, o in (
-            ('downsample_block_1', 1, 32),
-            ('downsample_block_2', 32, 64),
-            ('downsample_block_3', 64, 128),
-            ('upsample_block_3', 256 + 128, 128),
-            ('upsample_block_2', 128 + 64, 64),
-            ('upsample_block_1', 64 + 32, 32),
-        ):
-            setattr(self, name, nn.ModuleDict(dict(conv_block=template_conv(i, o))))
-        self.middle_conv_block = template_conv(128, 256)
-        self.last_conv = nn.Conv2d(32, 3, 1)
-
-    def forward(self, x):
-        skips = []
-        for n in 1, 2, 3:
-            skips.append(getattr(self, f'downsample_block_{n}').conv_block(x))
-            x = F.max_pool2d(skips[-1], 2)
-        x = self.middle_conv_block(x)
-        for n in 3, 2, 1:
-            x = torch.cat([F.interpolate(x, scale_factor=2, mode='bilinear'), skips.pop()], 1)
-            x = getattr(self, f'upsample_block_{n}').conv_block(x)
-        return self.last_conv(x)

@@ -7,8 +7,9 @@ import signal
 
 import pytest
 import torch
-from helpers import TemplateUNet, in_a_child, is_same, load
+from helpers import in_a_child, is_same, load
 
+from benchmarks.reference import UNet as TemplateUNet
 from unet import UNet
 from utils.checkpoint import VERSION, Progress, State, atomic_write, load_weights, save_weights
 from utils.cli import UsageError

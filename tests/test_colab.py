@@ -75,6 +75,7 @@ def weights_in(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*.pth')}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(MISSING), reason=f'not on this machine: {", ".join(MISSING)}')
 def test_the_notebook_runs_and_goes_on_after_a_disconnect(machine, tmp_path):
     drive = tmp_path / 'MyDrive'

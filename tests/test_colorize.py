@@ -18,7 +18,6 @@ from helpers import (
     IMAGES,
     TAGS,
     WEIGHTS,
-    TemplateUNet,
     call,
     curves,
     events,
@@ -31,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import colorize
 import predict
+from benchmarks.reference import UNet as TemplateUNet
 from colorize import Recipe
 from unet import UNet
 from utils.checkpoint import Progress

@@ -4,9 +4,10 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from helpers import ROOT, TemplateUNet
+from helpers import ROOT
 
 import unet
+from benchmarks.reference import UNet as TemplateUNet
 from utils.device import channels_last
 
 

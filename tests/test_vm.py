@@ -32,7 +32,10 @@ FOUND |= {name: shutil.which(name) for name in 'ssh scp ssh-keygen rsync tmux ba
 FOUND['proc'] = Path('/proc/self/environ').exists()
 MISSING = ', '.join(name for name, is_found in FOUND.items() if not is_found)
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'not on this machine: {MISSING}')
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(bool(MISSING), reason=f'not on this machine: {MISSING}'),
+]
 
 LOGIN = """export HOME={vm}
 cd
