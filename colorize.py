@@ -45,6 +45,7 @@ DEMO = dict(data_path='data/demo', epochs=6, batch_size=8)
 FIXED = 'batch_size image_size seed val_fraction colorfulness_weight demo'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
+PREDICTION_WEIGHT = 0.1  # of the network's own error: enough for it to predict a photo
 # after which small steps see parts of the photos: whole ones, the network begins to know by heart
 WHOLE_EPOCHS = 15
 
@@ -85,14 +86,21 @@ class Recipe:
 
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0  # of dullness in what is minimized
+    prediction_weight: float = 1.0  # of the network's own error; the colorized photo's has the rest
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
     small_steps: float = 0.0  # the share of the steps, from the first, at half the size
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
 
-    def get_objective(self, squared_error, dullness):
-        """Return what is minimized."""
-        return squared_error + self.colorfulness_weight * dullness
+    def get_objective(self, error, colorized_error, dullness):
+        """Return what is minimized.
+
+        The errors are squared: of the prediction, and of the colorized photo, which takes its
+        brightness from the gray one, so that no effort is spent on that. With them alone, a network
+        that is unsure predicts gray: hence the dullness (see color.dullness).
+        """
+        squared = self.prediction_weight * error + (1 - self.prediction_weight) * colorized_error
+        return squared + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
         """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
@@ -178,18 +186,17 @@ def train_step(model, optimizer, x, y, batch_size, recipe):
     with recipe.precision.autocast:
         prediction = model(x)
     prediction = prediction.float()
-    squared_error = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
-    objective = squared_error
-    if recipe.colorfulness_weight:
-        # with the squared error alone, a network that is unsure predicts gray
-        colorized = color.merge_luminance(prediction, (x + 1) / 2)
-        objective = recipe.get_objective(squared_error, color.dullness(colorized, y).sum())
+    colorized = color.merge_luminance(prediction, (x + 1) / 2)
+    errors = [
+        F.mse_loss(z, y, reduction='sum') / y.shape[1:].numel() for z in (prediction, colorized)
+    ]
+    objective = recipe.get_objective(*errors, color.dullness(colorized, y).sum())
     scaler = recipe.precision.scaler
     # DistributedDataParallel divides by the world size, which is undone here
     scaler.scale(objective * distributed.world_size / batch_size).backward()
     scaler.step(optimizer)
     scaler.update()
-    return squared_error.detach()
+    return errors[0].detach()
 
 
 @torch.no_grad()
@@ -233,7 +240,15 @@ def run(args, home, stop):
     steps_per_epoch = math.ceil(len(photos.training) / args.batch_size)
     small = 0.0 if args.demo else SMALL_STEPS
     steps = args.epochs * steps_per_epoch
-    recipe = Recipe(precision, args.colorfulness_weight, args.lr, small, steps_per_epoch, steps)
+    recipe = Recipe(
+        precision,
+        args.colorfulness_weight,
+        PREDICTION_WEIGHT,
+        args.lr,
+        small,
+        steps_per_epoch,
+        steps,
+    )
     if folder:
         report.print_skipped(photos, folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
@@ -279,7 +294,8 @@ def fit(args, state, recipe, photos, folder, page, stop):
         if photos.validation:
             loader = make_batches(photos.validation)  # without a seed: in order, unflipped
             metrics |= evaluate(net, loader, recipe.precision, stop)
-            objective = recipe.get_objective(metrics['validation loss'], metrics['dullness'])
+            names = 'validation loss', 'error of colorized', 'dullness'
+            objective = recipe.get_objective(*(metrics[name] for name in names))
         is_best = progress.update_best(objective, metrics.get(color.GAIN, 0.0))
         progress.finish_epoch()
         if folder:

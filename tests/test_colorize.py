@@ -215,14 +215,19 @@ def test_a_dry_run_goes_through_everything_and_keeps_nothing(train, tmp_path):
 
 
 def test_best_weights_are_kept(train, tmp_path):
-    plain = '--colorfulness_weight', 0  # the best then has the lowest validation loss
-    train('--epochs', 2, *plain)
-    best = min(value for _, value in curves(tmp_path)['validation loss'])
-    assert load(tmp_path / CHECKPOINT)['progress']['best'] == pytest.approx(best)
+    train('--epochs', 2)
+    progress = load(tmp_path / CHECKPOINT)['progress']
+    gains = dict(curves(tmp_path)[GAIN])
+    assert progress['best_gain'] == pytest.approx(gains[progress['best_epoch']])
     # a third epoch with a ruinous learning rate changes the checkpoint but not the weights
     weights = (tmp_path / WEIGHTS).read_bytes()
-    train('--epochs', 3, '--lr', 0.3, '--resume', *plain)
-    assert load(tmp_path / CHECKPOINT)['progress']['epoch'] == 3
+    train('--epochs', 3, '--lr', 0.3, '--resume')
+    last = load(tmp_path / CHECKPOINT)['progress']
+    assert (last['epoch'], last['best'], last['best_epoch']) == (
+        3,
+        progress['best'],
+        progress['best_epoch'],
+    )
     assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / 'unet.pth').read_bytes() == weights
 
 

@@ -104,6 +104,7 @@ def to_metrics(means):
     )
     return {
         'validation loss': means['validation loss'],
+        'error of colorized': means['error of colorized'],
         'dullness': means['dullness'],
         'PSNR of prediction': prediction,
         'PSNR of colorized': colorized,
