@@ -70,9 +70,8 @@ class Page:
             )
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    files = gr.File(
-                        label='Photos', file_count='multiple', height=140, elem_id='photos'
-                    )
+                    several = dict(file_count='multiple', height=140)
+                    files = gr.File(label='Photos', elem_id='photos', **several)
                     message = gr.Markdown(elem_id='message')
                     sliders = [
                         gr.Slider(8, 2 * size, size, step=8, label='Size', elem_id='size',
@@ -88,8 +87,8 @@ class Page:
                     others = gr.Gallery(visible=False, columns=4, elem_id='others', **still)
             blocks.unload(self.leave)
             shown = [pair, others, button, message]
-            quiet = dict(show_progress='hidden', api_visibility='private')
-            quiet |= dict(trigger_mode='always_last')
+            quiet = dict(show_progress='hidden', trigger_mode='always_last')
+            quiet |= dict(api_visibility='private')
             files.upload(self.take, [files, *sliders], [*shown, files], **quiet)
             for slider in sliders:
                 slider.change(self.show, sliders, shown, **quiet)
@@ -132,10 +131,8 @@ class Page:
                 hidden = gr.update(value=None, visible=False)
                 return None, hidden, gr.update(value=None, interactive=False), message
             first, *others = done
-            pair = (
-                preview(done[first], folder / 'gray.jpg', 'L'),
-                preview(first, folder / 'color.jpg'),
-            )
+            gray = preview(done[first], folder / 'gray.jpg', 'L')
+            pair = gray, preview(first, folder / 'color.jpg')
             pictures = [preview(path, folder / f'{path.stem}_small.jpg') for path in others]
             file = first
             if others:

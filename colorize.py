@@ -237,18 +237,10 @@ def run(args, home, stop):
             report.print_end(folder, state.progress)
         return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
-    steps_per_epoch = math.ceil(len(photos.training) / args.batch_size)
+    steps = math.ceil(len(photos.training) / args.batch_size)  # of an epoch
+    weights = args.colorfulness_weight, PREDICTION_WEIGHT
     small = 0.0 if args.demo else SMALL_STEPS
-    steps = args.epochs * steps_per_epoch
-    recipe = Recipe(
-        precision,
-        args.colorfulness_weight,
-        PREDICTION_WEIGHT,
-        args.lr,
-        small,
-        steps_per_epoch,
-        steps,
-    )
+    recipe = Recipe(precision, *weights, args.lr, small, steps, args.epochs * steps)
     if folder:
         report.print_skipped(photos, folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)

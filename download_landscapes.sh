@@ -4,16 +4,15 @@
 #   ./download_landscapes.sh               all photos, about 4,000
 #   ./download_landscapes.sh --remixable   only those whose license allows derivatives
 #
-# A download that was cut off goes on where it stopped: call it again. Of two calls at once, the
-# second waits for the first. data/landscapes may be a link to a folder on a larger disk, but not
-# to the disk's topmost one: the archive is kept beside the photos until they are unpacked.
+# If it was cut off, call it again: it goes on. Of two calls at once, the second waits.
+# data/landscapes may be a link to a folder on a larger disk, but not to the disk's topmost one.
 #
 # The photos are landscapes_small.zip of https://github.com/ml5js/ml5-data-and-models, collected
 # from Flickr; each keeps its photographer's license. The data set's README asks those who do
 # generative work to take out licenses 3 (CC BY-NC-ND) and 6 (CC BY-ND): --remixable does.
 #
-# LANDSCAPES_URL names another copy of the archive, with the license records in licenses/ beside
-# it; LANDSCAPES_BLOB_ID is the git blob id that this copy must have.
+# LANDSCAPES_URL names another copy, with the records in licenses/ beside it, of the git blob id
+# LANDSCAPES_BLOB_ID.
 
 set -euo pipefail
 

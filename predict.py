@@ -236,8 +236,7 @@ def run(args):
         return LEFT if stop.signum else colorize_file(photo, result, net, args)
 
     start = time.perf_counter()
-    # as many as there is memory for, if every photo has 48 megapixels
-    threads = max(1, min(available_cpus(), MOST_PIXELS // 48_000_000))
+    threads = max(1, min(available_cpus(), MOST_PIXELS // 48_000_000))  # of so many each
     # with one of torch's own threads in each, results do not depend on their number
     with stop, ThreadPoolExecutor(threads, '', torch.set_num_threads, [1]) as pool:
         outcomes = pool.map(work, results.values(), results)

@@ -8,7 +8,7 @@ import torch
 
 from utils import cli
 
-SMALLER = 'out of memory: try a smaller --batch_size than 32 or --image_size, or end other programs'
+SMALLER = 'out of memory: try a smaller --batch_size than 32 or --image_size; nvidia-smi names'
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,9 @@ def save_weights(net, *paths):
 
 
 def load_weights(net, path):
-    """Load the weights in the file `path`, as training saves them, into `net`, and return it.
+    """Load the weights in a file, and `net.image_size` if it tells, into `net`; return it.
 
-    `net.image_size` becomes that of the training, if the file tells. Raises UsageError if the file
-    holds anything else.
+    Raises UsageError if the file holds anything else.
     """
     if not os.path.exists(path):
         raise UsageError(f'no weights {path}: train with colorize.py, or name them with --weights')

@@ -103,11 +103,8 @@ def explain_error(error, batch_size=0):
     if isinstance(error, OSError | FloatingPointError):
         return 1, text
     if is_out_of_memory(error):
-        smaller = f'--batch_size than {batch_size} or ' if batch_size else ''
-        return 1, (
-            f'out of memory: try a smaller {smaller}--image_size, or end other programs on '
-            'the GPU (nvidia-smi names them)'
-        )
+        smaller = f'--batch_size than {batch_size} or --image_size' if batch_size else '--size'
+        return 1, f'out of memory: try a smaller {smaller}; nvidia-smi names other programs'
     if 'no kernel image is available' in text:
         where = 'https://pytorch.org/get-started/previous-versions'
         return 1, f'torch {torch.__version__} was not built for this GPU: see {where}'

@@ -25,12 +25,8 @@ def init(device):
     if local_world_size == world_size:
         # torchrun's store outlives a failed attempt, and with it the addresses of dead processes
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-    dist.init_process_group(
-        'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-        store=store,
-        rank=rank,
-        world_size=world_size,
-    )
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def exit(code):

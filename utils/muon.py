@@ -6,39 +6,36 @@ import torch
 def orthogonalize(matrix):
     """Bring the singular values of a matrix (rows, columns) close to 1: most to 0.7 to 1.2.
 
-    Five Newton-Schulz steps x → (a + b xxᵀ + c (xxᵀ)²) x with the coefficients of Keller Jordan
-    (2024, https://kellerjordan.github.io/posts/muon). Since all of them are matrices made of xxᵀ,
-    the steps are taken with that square matrix, which has a few percent of the columns.
+    Five Newton-Schulz steps x → (a + b xxᵀ + c (xxᵀ)²) x, by way of the small matrix xxᵀ; the
+    coefficients are Keller Jordan's (2024, https://kellerjordan.github.io/posts/muon).
     """
-    matrix = matrix / (matrix.norm() + 1e-7)
-    gram, product = matrix @ matrix.T, None
+    x = matrix / (matrix.norm() + 1e-7)
+    gram, product = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(5):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        gram = factor @ gram @ factor
-        product = factor if product is None else factor @ product
-    return product @ matrix
+        gram, product = factor @ gram @ factor, factor @ product
+    return product @ x
 
 
 class Muon(torch.optim.Adam):
     """Train `params`, in the order of the layers, at the learning rate `lr` of Adam.
 
-    The gradient of a convolution, as a matrix (out, 3 × 3 × in), is strong in a few directions,
-    which all photos share, and weak in all others, such as rare colors. Muon averages gradients and
-    gives all directions the same strength, then takes a step of the size of Adam's, times `scale`
-    (0.2 in Liu et al. 2025, arXiv:2502.16982; here twice that was best). Biases are no matrices,
-    and the first and the last layer work on gray and color: these are left to Adam.
+    The gradient of a convolution, a matrix (out, 3 × 3 × in), is strong in a few directions, which
+    all photos share, and weak in others, such as rare colors. Muon averages gradients, gives all
+    directions the same strength, and takes a step of Adam's size (`scale`: 0.2 in Liu et al. 2025,
+    arXiv:2502.16982; twice that was best). Biases are no matrices, and the first and the last layer
+    work on gray and color: Adam trains these.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, scale=0.4, fused=True):
         super().__init__(params, lr, fused=fused)
         self.momentum, self.scale = momentum, scale
-        (group,) = self.param_groups
-        self.hidden = [weight for weight in group['params'] if weight.dim() > 1][1:-1]
+        self.hidden = [w for w in self.param_groups[0]['params'] if w.dim() > 1][1:-1]
 
     @torch.no_grad()
     def step(self):
-        """Take one step. After it, the gradients of the hidden convolutions are None."""
+        """Take one step; then the gradients of the hidden convolutions are None."""
         for weight in self.hidden:
             if weight.grad is not None:
                 self.step_hidden(weight, self.state[weight])
@@ -50,7 +47,7 @@ class Muon(torch.optim.Adam):
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
         momentum = state['momentum']
-        # in float16, GradScaler leaves to the optimizer what a fused Adam does on the device, too
+        # in float16, GradScaler leaves these to the optimizer, as a fused Adam wants it
         scale, overflow = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
         gradient = weight.grad if scale is None else weight.grad / scale
         averaged = self.momentum * momentum + gradient

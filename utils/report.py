@@ -30,10 +30,7 @@ def print_epoch(epoch, epochs, metrics, is_saved):
 
 
 def print_start(device, recipe, photos, path, progress):
-    """Print machine and photos, sizes of training, where the run begins, and the table's header.
-
-    `photos` are Photos; `path` is the run's folder.
-    """
+    """Print machine and photos, sizes of training, where the run begins, and the table's header."""
     size = photos.pixels.shape[1]
     print0(
         f'{describe_device(device)}, {recipe.precision.name}: {len(photos.training)} photos to '
@@ -88,8 +85,8 @@ def print_stopped(progress, folder):
 def print_end(folder, progress, shown=(), photos=None):
     """Print where the weights are, how good they are, and the commands to use them.
 
-    `folder` is the RunFolder; `shown` are paths of photos that show what the network makes of them,
-    none if the run was finished before; `photos` is what to colorize after that.
+    `shown` are paths of photos to compare, none if the run was finished before; `photos` is what to
+    colorize after that.
     """
     if not shown:
         print0(f'{folder.path} is finished at epoch {progress.epoch}; more --epochs make it go on')

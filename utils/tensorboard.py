@@ -80,9 +80,8 @@ class Page:
                 'Colorized': encode(triptychs, 2),
             }
             for tag, image in grids.items():
-                self.writer.file_writer.add_summary(
-                    Summary(value=[Summary.Value(tag=tag, image=image)]), epoch
-                )
+                summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+                self.writer.file_writer.add_summary(summary, epoch)
             self.writer.flush()
 
     def close(self, net, epoch):
@@ -97,11 +96,7 @@ class Page:
 
 
 def describe_settings(settings):
-    """Return what influences the result as the words of the tab HParams.
-
-    It shows the first five in the order of the alphabet: those that one changes most. Numbers, it
-    would show as 32.000.
-    """
+    """Return what influences the result as words: the tab HParams would show numbers as 32.000."""
     names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'val_fraction'
     words = {name: str(settings[name]) for name in names}
     words['epochs × batch_size'] = f'{settings["epochs"]} × {settings["batch_size"]}'
@@ -110,10 +105,7 @@ def describe_settings(settings):
 
 
 def silence_writer_thread():
-    """Keep the traceback of TensorBoard's writer thread off the terminal.
-
-    Its errors are raised again in the next call of the writer, and reported there.
-    """
+    """Keep the writer thread's errors off the terminal: its next call raises them again."""
 
     def hook(args, show=threading.excepthook):
         if not type(args.thread).__module__.startswith('tensorboard'):
@@ -132,9 +124,6 @@ def encode(images, columns):
     grid = make_grid(images, nrow=columns, padding=4, pad_value=1)
     content = io.BytesIO()
     to_pil_image(grid).save(content, 'JPEG', quality=95, subsampling=0)
-    return Summary.Image(
-        height=grid.shape[1],
-        width=grid.shape[2],
-        colorspace=3,
-        encoded_image_string=content.getvalue(),
-    )
+    height, width = grid.shape[1:]
+    jpeg = content.getvalue()
+    return Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=jpeg)
