@@ -66,7 +66,7 @@ class Page:
         with gr.Blocks(title='Colorize', analytics_enabled=False) as blocks:
             gr.Markdown(
                 '# Colorize photos\nDrop photos, and drag the line between gray and color. '
-                'Nothing leaves this machine, and nothing is kept when you close the page.'
+                f'Nothing leaves this machine, or is kept when you close the page. {self.net.about}'
             )
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):

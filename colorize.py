@@ -146,15 +146,16 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     device = next(model.parameters()).device
     loss_sum = torch.tensor(progress.loss_sum, device=device)
     model.train()
-    options = dict(unit='step', leave=False, disable=distributed.no_bar)
-    total, name = recipe.steps_per_epoch or None, f'epoch {progress.epoch + 1}'
-    bar, asked, signum = tqdm(loader, name, total, initial=progress.step, **options), 0, 0
-    for x, y in bar:
+    asked, signum = 0, 0
+    first = progress.epoch * recipe.steps_per_epoch + progress.step
+    options = dict(initial=first, unit='step', leave=False, disable=distributed.no_bar)
+    # its time left is that of the whole run
+    bar = tqdm(loader, f'epoch {progress.epoch + 1}', recipe.steps or None, **options)
+    for step, (x, y) in enumerate(bar, first):
         # every rank must agree on the size of the batch, and on stopping
         batch_size, signum = all_reduce_sum(len(x), stop.signum if stop else 0)
         if signum:
             break
-        step = progress.epoch * recipe.steps_per_epoch + progress.step
         if recipe.lr:
             for group in optimizer.param_groups:
                 group['lr'] = recipe.get_lr(step)
@@ -288,11 +289,14 @@ def fit(args, state, recipe, photos, folder, page, stop):
             metrics |= evaluate(net, loader, recipe.precision, stop)
             names = 'validation loss', 'error of colorized', 'dullness'
             objective = recipe.get_objective(*(metrics[name] for name in names))
+            metrics[color.OBJECTIVE] = objective
         is_best = progress.update_best(objective, metrics.get(color.GAIN, 0.0))
         progress.finish_epoch()
         if folder:
             if is_best:
-                folder.save_weights(net)
+                of = 'drawings, and knows nothing else' if args.demo else 'photos'
+                about = f'trained on {len(photos.training)} {of}; {progress.best_gain:+.1f} dB'
+                folder.save_weights(net, f'{about} in epoch {epoch + 1}')
             page.log_epoch(net, recipe.precision, metrics, progress.epoch)
             # Last. If the run is killed before this, --resume repeats the epoch.
             state.save(folder.checkpoint)

@@ -229,6 +229,8 @@ def run(args):
     stop = Stop()
     results, refused = find_results(list(dict.fromkeys(args.photos)), args.output)
     net = load_weights(UNet(), args.weights)
+    if net.about:
+        print(f'{args.weights}: {net.about}')
     net.to(choose_device(args.device), memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 
 import pytest
-from helpers import IMAGES, TAGS
+from helpers import IMAGES
 from PIL import Image, ImageChops
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -92,22 +92,6 @@ def open_tab(page, url, tab, sight):
     assert until(see, True, 45), tab
 
 
-def scalars(page, url, epochs):
-    """Return {tag: the points of its line} of all charts: there should be one an epoch."""
-    open_tab(page, url, 'scalars', 'tf-scalar-card path.line')
-    page.locator('tf-scalar-dashboard tf-tag-filterer input').fill('.')  # unfolds all tags
-    page.locator('#ignore-y-outlier').click()  # two points would both be outliers
-    points = 'lines => Math.max(0, ...lines.map(line => line.getAttribute("d").split("L").length))'
-
-    def charts():
-        return {
-            card.evaluate('card => card.tag'): card.locator('path.line').evaluate_all(points)
-            for card in page.locator('tf-scalar-card').all()
-        }
-
-    return until(charts, dict.fromkeys(TAGS, epochs))
-
-
 def images(page, url):
     """Return {tag: (run, width, height, whether it is seen in color)} of all images."""
     open_tab(page, url, 'images', 'tf-image-loader img')
@@ -122,18 +106,3 @@ def images(page, url):
         colored = ImageChops.difference(red, blue).getextrema()[1] > 0
         seen[card.evaluate('card => card.tag')] = card.evaluate('card => card.run'), *size, colored
     return seen
-
-
-def settings(page, url):
-    """Return the names of all settings, and {heading: value} of what is seen of a single run."""
-    open_tab(page, url, 'hparams', 'tf-hparams-table-view vaadin-grid')
-    text = 'cells => cells.map(cell => cell.textContent.trim())'
-
-    def cells():
-        cells = page.locator('vaadin-grid-cell-content').evaluate_all(text)
-        return [cell for cell in cells if cell not in ('', 'Show Metrics')]
-
-    until(lambda: 'UNet' in cells(), True)
-    half = len(cells()) // 2
-    names = page.locator('.hparam-checkbox').evaluate_all(text)
-    return names, dict(zip(cells()[:half], cells()[half:], strict=True))

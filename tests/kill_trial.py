@@ -67,9 +67,6 @@ def stage(training):
     return 'between steps' if re.search(r'epoch \d+:', training.text) else 'logging the graph'
 
 
-# ---------------------------------------------------------------------------- the trial
-
-
 class Trial:
     """Runs in folders of their own below `base`, and the tally of what was seen."""
 

@@ -32,70 +32,51 @@ RUNS = {'A': '0', 'B': '1'}  # names and seeds
 def start(folder, name):
     """Start the run `name` in the folder, or go on with it."""
     words = [*FLAGS.split(), '--epochs', '12', '--seed', RUNS[name], '--name', name, '--resume']
-    with open(folder.with_name(f'{folder.name}_{name}.log'), 'ab') as log:
-        return subprocess.Popen(
-            [sys.executable, ROOT / 'colorize.py', *words],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=ENVIRONMENT,
-        )
+    program = [sys.executable, ROOT / 'colorize.py', *words]
+    with open(folder / f'{name}.log', 'ab') as log:
+        return subprocess.Popen(program, cwd=folder, stdout=log, stderr=log, env=ENVIRONMENT)
 
 
-class Reader(threading.Thread):
-    """Load unet.pth again and again; keep what is wrong with it."""
-
-    def __init__(self, path):
-        super().__init__(daemon=True)
-        self.path, self.ended, self.found, self.reads = path, threading.Event(), [], 0
-
-    def run(self):
-        while not self.ended.wait(0.05):
-            try:
-                UNet().load_state_dict(load(self.path))
-                self.reads += 1
-            except FileNotFoundError as error:
-                if self.reads:
-                    self.found.append(repr(error))  # it was there before
-            except Exception as error:  # whatever it is, it is what is looked for
-                self.found.append(repr(error))
+def read(path, ended, found):
+    """Load the weights again and again until the event `ended`; note what is wrong with them."""
+    is_there = False
+    while not ended.wait(0.05):
+        try:
+            UNet().load_state_dict(load(path))
+            is_there = True
+        except Exception as error:  # whatever it is, it is what is looked for
+            if is_there or not isinstance(error, FileNotFoundError):
+                found.append(repr(error))
 
 
 def disturb(folder, kills, rng, longest):
-    """Run both to their end, killing either at random; return the number of kills, and faults."""
+    """Run both to their end, killing either at random; return the number of kills."""
     running = {name: start(folder, name) for name in RUNS}
-    killed, found = 0, []
+    killed = 0
     while running:
         time.sleep(rng.uniform(0.1, longest))
         for name, process in list(running.items()):
-            if process.poll() is None:
-                if killed < kills and rng.random() < 0.7:
-                    process.kill()
-                    process.wait()
-                    killed += 1
-                    running[name] = start(folder, name)
-            else:
+            if process.poll() is not None:
                 del running[name]
-                if process.returncode:
-                    found.append(f'{name} ended with {process.returncode}')
-    return killed, found
+            elif killed < kills and rng.random() < 0.7:
+                process.kill()
+                process.wait()
+                killed += 1
+                running[name] = start(folder, name)
+    return killed
 
 
 def differences(folder, expected):
     """Return what is not as in the undisturbed runs, whose weights are `expected`."""
-    found = [
-        f'{name} has other weights'
-        for name in RUNS
-        if (folder / f'runs/{name}/unet.pth').read_bytes() != expected[name]
-    ]
+    found = [f'{path} was left' for path in (*folder.rglob('*.tmp'), *folder.glob('unet_*'))]
     if (folder / 'unet.pth').read_bytes() not in expected.values():
         found.append("unet.pth is no run's")
-    found += [f'{path} was left' for path in folder.rglob('*.tmp')]
-    found += [f'{path} came up' for path in folder.glob('unet_*')]
     for name in RUNS:
-        text = folder.with_name(f'{folder.name}_{name}.log').read_text()
-        found += [f'{name}: {text}'] if 'Traceback' in text else []
+        if (folder / f'runs/{name}/unet.pth').read_bytes() != expected[name]:
+            found.append(f'{name} has other weights')
+        text = (folder / f'{name}.log').read_text()
+        if 'Traceback' in text:
+            found.append(text)
     return found
 
 
@@ -105,37 +86,25 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     rng, began = random.Random(args.seed), time.monotonic()
-    killed, rounds, reads, found = 0, 0, 0, []
+    killed, found, expected = 0, [], {}
     with tempfile.TemporaryDirectory() as base:
         base = Path(base)
         draw_landscapes(base / 'photos', per_kind=2)
         (base / 'alone').mkdir()
-        expected = {}
         for name in RUNS:
             assert start(base / 'alone', name).wait() == 0
             expected[name] = (base / f'alone/runs/{name}/unet.pth').read_bytes()
         longest = (time.monotonic() - began) / 2  # a little more than a run alone takes
         while killed < args.kills:
-            rounds += 1
-            folder = base / f'round_{rounds}'
-            folder.mkdir()
-            reader = Reader(folder / 'unet.pth')
+            folder = Path(tempfile.mkdtemp(dir=base))
+            ended = threading.Event()
+            reader = threading.Thread(target=read, args=[folder / 'unet.pth', ended, found])
             reader.start()
-            kills, faults = disturb(folder, min(10, args.kills - killed), rng, longest)
-            reader.ended.set()
+            killed += disturb(folder, min(10, args.kills - killed), rng, longest)
+            ended.set()
             reader.join()
-            killed, reads = killed + kills, reads + reader.reads
-            faults += reader.found + differences(folder, expected)
-            found += [f'round {rounds}: {fault}' for fault in faults]
-            print(
-                f'round {rounds}: {kills} kills, {reader.reads} reads of unet.pth, '
-                f'{len(faults)} faults',
-                flush=True,
-            )
-    print(
-        f'{killed} kills in {rounds} rounds of two runs, {reads} reads, {len(found)} faults, '
-        f'in {(time.monotonic() - began) / 60:.1f} minutes'
-    )
+            found += differences(folder, expected)
+            print(f'{killed} kills, {len(found)} faults', flush=True)
     for fault in found:
         print(fault)
     return 1 if found else 0

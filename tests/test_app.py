@@ -54,9 +54,6 @@ def tree(folder):
     return {path for path in folder.rglob('*') if path.is_file() and path.stat().st_size}
 
 
-# ---------------------------------------------------------------------------- in the browser
-
-
 @pytest.fixture(scope='module')
 def chromium(server):
     with browser(height=900) as page:
@@ -126,9 +123,6 @@ def test_a_drawing_is_colorized_as_predict_does(window, home, drawings, server):
     drop(page, photo)
     page.wait_for_selector('#result img')
     assert download(page, home) == colorize(home, photo)
-    if path := os.environ.get('APP_SCREENSHOT'):
-        page.mouse.move(5, 5)
-        page.screenshot(path=path)
     set_slider(page, 'saturation', 1.5)
     assert download(page, home) == colorize(home, photo, '--saturation', '1.5')
     set_slider(page, 'size', 64)
@@ -166,16 +160,6 @@ def test_several_photos_are_one_archive(window, home, drawings):
 
 
 @needs_browser
-def test_a_text_is_refused_in_the_page(window, home):
-    (home / 'notes.jpg').write_text('Not a photo.')
-    page = window()
-    drop(page, home / 'notes.jpg')
-    assert page.inner_text('#message').startswith('notes.jpg: no photo that Pillow can read')
-    assert page.locator('#result img').count() == 0
-    assert page.locator('#download').is_disabled()
-
-
-@needs_browser
 def test_nothing_is_kept_of_a_closed_page(window, home, drawings):
     page, before = window(), tree(home / 'tmp')
     drop(page, drawings / 'field/field_001.jpg')
@@ -184,9 +168,6 @@ def test_nothing_is_kept_of_a_closed_page(window, home, drawings):
     assert made == {'gray.jpg', 'color.jpg', 'field_001.jpg', 'field_001_colorized.jpg'}
     page.close()
     assert until(lambda: tree(home / 'tmp') - before, set()) == set()
-
-
-# ---------------------------------------------------------------------------- the server
 
 
 def test_only_this_machine_is_listened_to(server):

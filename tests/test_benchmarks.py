@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT, call
 
-from unet import UNet
-
 SMALL = '--image_size', 8, '--batch_size', 16
 
 
@@ -90,9 +88,3 @@ def test_the_parts_of_a_start(benchmark, drawings):
 )
 def test_what_needs_no_photos(benchmark, name, part, says):
     assert says in benchmark(name, part, *SMALL)
-
-
-def test_the_plain_script_has_the_same_network(benchmark):
-    plain, net = importlib.import_module('reference').UNet(), UNet()
-    shapes = [[tuple(p.shape) for p in model.parameters()] for model in (plain, net)]
-    assert shapes[0] == shapes[1]

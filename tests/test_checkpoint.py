@@ -17,6 +17,7 @@ from utils.device import Precision, channels_last
 from utils.muon import Muon
 
 CPU = torch.device('cpu')
+DAMAGED = 'a.pth is damaged, or no file of tensors; nothing was run'
 
 
 class Malicious:
@@ -41,9 +42,6 @@ def take_steps(state, number):
         state.optimizer.step()
 
 
-# ---------------------------------------------------------------------------- files
-
-
 @pytest.mark.parametrize('moment', ['fsync', 'replace'])
 def test_a_kill_while_saving_leaves_the_file_as_it_was(tmp_path, monkeypatch, moment):
     atomic_write(b'1', tmp_path / 'a.pth')
@@ -52,37 +50,21 @@ def test_a_kill_while_saving_leaves_the_file_as_it_was(tmp_path, monkeypatch, mo
     assert (tmp_path / 'a.pth').read_bytes() == b'1'
 
 
-@pytest.mark.parametrize(
-    'name, reason', [('b.pth', 'File too large'), ('no/b.pth', 'No such file or directory')]
-)
-def test_a_file_that_cannot_be_written_leaves_all_as_they_were(tmp_path, name, reason):
-    paths = tmp_path / 'a.pth', tmp_path / name
-    atomic_write(b'1', paths[0])
+def test_a_file_that_cannot_be_written_leaves_all_as_they_were(tmp_path):
+    atomic_write(b'1', tmp_path / 'a.pth')
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # as on a full disk
     try:
-        if reason == 'File too large':  # fails in the middle of the first, as on a full disk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
-            paths = paths[::-1]
-        with pytest.raises(OSError, match=f'{name} was not saved: {reason}'):
-            atomic_write(bytes(4000), *paths)
+        with pytest.raises(OSError, match='b.pth was not saved: File too large'):
+            atomic_write(bytes(4000), tmp_path / 'b.pth', tmp_path / 'a.pth')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert (tmp_path / 'a.pth').read_bytes() == b'1' and os.listdir(tmp_path) == ['a.pth']
 
 
-def test_a_link_is_followed(tmp_path):
-    (tmp_path / 'disk').mkdir()
-    (tmp_path / 'a.pth').symlink_to('disk/b.pth')
-    atomic_write(b'1', tmp_path / 'a.pth')
-    assert (tmp_path / 'a.pth').is_symlink() and (tmp_path / 'disk/b.pth').read_bytes() == b'1'
-
-
-# ---------------------------------------------------------------------------- weights
-
-
 def test_weights_are_a_plain_state_dict_that_knows_its_size(tmp_path):
     net = channels_last(UNet(image_size=96), CPU).bfloat16()
-    save_weights(net, tmp_path / 'a.pth', tmp_path / 'b.pth')
+    save_weights(net, 'made up', tmp_path / 'a.pth', tmp_path / 'b.pth')
     assert (tmp_path / 'a.pth').read_bytes() == (tmp_path / 'b.pth').read_bytes()
     state = torch.load(tmp_path / 'a.pth', weights_only=True)
     for value in state.values():
@@ -90,7 +72,7 @@ def test_weights_are_a_plain_state_dict_that_knows_its_size(tmp_path):
         assert value.is_contiguous() and not value.requires_grad
     TemplateUNet().load_state_dict(state, strict=True)
     loaded = load_weights(UNet(), tmp_path / 'a.pth')
-    assert loaded.image_size == 96
+    assert (loaded.image_size, loaded.about) == (96, 'made up')
     assert all(map(torch.equal, loaded.state_dict().values(), state.values()))
     torch.save(dict(state), tmp_path / 'c.pth')  # a student's own
     assert load_weights(UNet(96), tmp_path / 'c.pth').image_size == 96
@@ -109,23 +91,14 @@ def save_half(path):
     'make, reason',
     [
         (lambda path: None, 'no weights a.pth: train with colorize.py, or name them'),
-        (lambda path: path.mkdir(), 'a.pth cannot be read: Is a directory'),
-        (lambda path: path.touch(), 'a.pth is damaged, or no file of tensors; nothing was run'),
-        (save_half, 'a.pth is damaged, or no file of tensors; nothing was run'),
-        (lambda path: path.write_text('<!DOCTYPE html>'), 'a.pth is damaged, or no file of'),
-        (lambda path: path.write_bytes(pickle.dumps(Malicious())), 'a.pth is damaged, or no'),
-        (lambda path: torch.save(dict(net=Malicious()), path), 'a.pth is damaged, or no file'),
-        (
-            lambda path: torch.save([1, 2], path),
-            'of this network: Expected state_dict',
-        ),
+        (lambda path: path.touch(), DAMAGED),
+        (save_half, DAMAGED),
+        (lambda path: path.write_bytes(pickle.dumps(Malicious())), DAMAGED),
+        (lambda path: torch.save(dict(net=Malicious()), path), DAMAGED),
+        (lambda path: torch.save([1, 2], path), 'of this network: Expected state_dict'),
         (lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), 'Missing key'),
         (changed('last_conv.bias', torch.zeros(4)), 'size mismatch for last_conv.bias'),
-        (
-            changed('last_conv.bias', torch.full((3,), torch.nan)),
-            'weights that are not finite',
-        ),
-        (changed('last_conv.bias', 1), 'named "last_conv.bias", expected torch.Tensor'),
+        (changed('last_conv.bias', torch.full((3,), torch.nan)), 'weights that are not finite'),
         (changed('more', torch.zeros(1)), 'Unexpected key.*"more"'),
         (lambda path: new_state().save(path), 'a.pth is the checkpoint of a run'),
     ],
@@ -135,10 +108,10 @@ def test_what_is_no_weights_is_refused_in_a_line_and_not_run(tmp_path, monkeypat
     make(tmp_path / 'a.pth')
     with pytest.raises(UsageError, match=reason) as error:
         load_weights(UNet(), 'a.pth')
+    if reason == DAMAGED:
+        with pytest.raises(UsageError, match=reason):
+            new_state().load('a.pth')
     assert '\n' not in str(error.value) and not (tmp_path / 'executed').exists()
-
-
-# ---------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize('fused', [True, False])  # False on an Apple GPU
@@ -167,17 +140,12 @@ def test_a_loaded_state_goes_on_to_the_bit(tmp_path, fused):
 @pytest.mark.parametrize(
     'change, reason',
     [
-        (
-            lambda saved: saved.update(version=VERSION - 1),
-            'is of another version of the program',
-        ),
-        (lambda saved: saved.pop('version'), 'is of another version of the program'),
+        (lambda saved: saved.update(version=VERSION - 1), 'is of another version of the program'),
         (lambda saved: saved['net'].popitem(), 'holds no weights of this network: .* Missing key'),
         (
             lambda saved: saved['settings'].update(batch_size=16),
             'was trained with --batch_size 16, not 32: give that, or another --name',
         ),
-        (lambda saved: saved['settings'].update(demo=True), 'with --demo True, not False'),
     ],
 )
 def test_a_checkpoint_of_another_version_or_run_is_refused(tmp_path, change, reason):

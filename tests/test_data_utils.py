@@ -46,13 +46,7 @@ def test_the_course_s_loader(drawings):
     gray, color = course_transforms(224)
     photo = Image.open(drawings / list_photos(drawings)[2]).convert('RGB')
     assert torch.equal(x[2], gray(photo)) and torch.equal(y[2], color(photo))
-    # a folder without class folders
-    dataset = ImageFolderGrayColor(drawings / 'lake', target_transform=ToTensor())
-    photo, target = dataset[0]
-    assert len(dataset) == 8 and target.shape == (3, *photo.size[::-1])
-
-
-# ---------------------------------------------------------------------------- the photos of a run
+    assert len(ImageFolderGrayColor(drawings / 'lake')) == 8  # without class folders
 
 
 def test_holding_out_goes_by_the_path_alone():
@@ -68,7 +62,6 @@ def test_holding_out_goes_by_the_path_alone():
 
 
 def test_the_fingerprint_is_of_the_names():
-    assert fingerprint(['a.jpg', 'caf\udce9.jpg']) == 'of 2 photos (54b7c6e2)'
     assert len({fingerprint(names) for names in (['a', 'b'], ['a', 'c'], ['ab'])}) == 3
 
 
@@ -78,15 +71,10 @@ def test_what_cannot_be_read_and_what_is_gray_is_left_out_with_its_reason(tmp_pa
         Image.new('RGB', (20 + n, 20), 'gray' if n == 4 else 'red').save(tmp_path / name)
     (tmp_path / '3.png').write_text('no photo')
     photos = read_photos(tmp_path, names, 0, 8, CPU)
-    assert photos.skipped == {
-        3: 'no photo that Pillow can read',
-        4: 'gray',
-    }
+    assert photos.skipped == {3: 'no photo that Pillow can read', 4: 'gray'}
     assert (photos.training, photos.validation) == ([0, 1, 2, 5], [])
-    for names, fraction, left in (['4.png'], 0, '0'), (['1.png', '4.png'], 0.1, '1'):
-        reason = f"photos, {left} are .* and 0 to validate .*; '4.png': gray"
-        with pytest.raises(UsageError, match=reason):
-            read_photos(tmp_path, names, fraction, 8, CPU)
+    with pytest.raises(UsageError, match="photos, 1 are .* and 0 to validate .*; '4.png': gray"):
+        read_photos(tmp_path, ['1.png', '4.png'], 0.1, 8, CPU)
 
 
 def test_ranks_that_see_other_photos_are_refused(drawings, monkeypatch):
@@ -120,11 +108,7 @@ def test_photos_go_where_there_is_room(drawings, tmp_path, monkeypatch, capsys, 
 def test_up_to_sixteen_photos_are_shown_held_out_ones_if_possible():
     photos = Photos('', [], torch.zeros(0), {}, training=[40, 41], validation=range(20))
     assert photos.get_shown() == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18]
-    assert replace(photos, validation=[5, 9]).get_shown() == [5, 9]
     assert replace(photos, validation=[]).get_shown() == [40, 41]
-
-
-# ---------------------------------------------------------------------------- the batches of a run
 
 
 def test_batches_agree_with_torchvision(drawings):

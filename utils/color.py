@@ -5,6 +5,7 @@ import math
 import torch
 
 GAIN, VIVIDNESS = 'Gain over the gray copy (dB)', "vividness (% of the truth's colorfulness)"
+OBJECTIVE = 'objective (the lowest is the best)'
 GRAY = 4.0  # a colorfulness below this is a tint: muted colors, as of mist and snow, begin above
 
 
@@ -84,7 +85,6 @@ def measure(prediction, x, y):
     colorized = merge_luminance(prediction, gray)
     return {
         'validation loss': squared_error(prediction),
-        'error of prediction': squared_error(prediction.clamp(0, 1)),
         'error of colorized': squared_error(colorized),
         'error of gray copy': squared_error(gray),
         'dullness': dullness(colorized, y),
@@ -99,14 +99,11 @@ def to_metrics(means):
     PSNR in dB, from the mean squared error over all photos: the mean of the photos' own PSNRs would
     hang on the few that are nearly gray.
     """
-    prediction, colorized, gray = (
-        psnr(means[f'error of {name}']) for name in ('prediction', 'colorized', 'gray copy')
-    )
+    colorized, gray = psnr(means['error of colorized']), psnr(means['error of gray copy'])
     return {
         'validation loss': means['validation loss'],
         'error of colorized': means['error of colorized'],
         'dullness': means['dullness'],
-        'PSNR of prediction': prediction,
         'PSNR of colorized': colorized,
         GAIN: colorized - gray,
         VIVIDNESS: 100 * means['colorfulness'] / means['colorfulness of truth'],

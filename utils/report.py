@@ -9,8 +9,8 @@ from utils.device import describe_device
 from utils.distributed import print0
 
 HEADER = (
-    '         training  validation     PSNR in dB        gain over  vividness,    * = weights\n'
-    '  epoch      loss        loss   raw  colorized     gray copy    of truth   photos/s saved'
+    '         training  validation   objective:         gain over  vividness,              * =\n'
+    '  epoch      loss        loss   low = good   PSNR  gray copy    of truth   photos/s  saved'
 )
 NAMED = 10  # so many photos that are left out are named on the terminal
 
@@ -20,12 +20,12 @@ def print_epoch(epoch, epochs, metrics, is_saved):
     row = f'{epoch:>4}/{epochs:<4}{metrics["training loss"]:>8.5f}'
     if 'validation loss' in metrics:
         row += (
-            '{validation loss:>12.5f}{PSNR of prediction:>6.2f}{PSNR of colorized:>11.2f}'
-            '{Gain over the gray copy (dB):>+11.2f} dB'
+            '{validation loss:>12.5f}{objective (the lowest is the best):>13.5f}'
+            '{PSNR of colorized:>7.2f}{Gain over the gray copy (dB):>+8.2f} dB'
             "{vividness (% of the truth's colorfulness):>10.0f} %"
         ).format_map(metrics)
     else:
-        row += ' ' * 54
+        row += ' ' * 55
     print0(f'{row}{metrics["photos per second"]:>11.1f}{" *" if is_saved else ""}')
 
 

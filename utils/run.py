@@ -56,10 +56,10 @@ class RunFolder:
             for leftover in folder.glob('*.pth.????????.tmp'):  # of a process that was killed
                 leftover.unlink()
 
-    def save_weights(self, net):
-        """Atomically save the weights as the run's, and as the latest."""
+    def save_weights(self, net, about):
+        """Atomically save the weights, with a line on their origin, as the run's and the latest."""
         with lock(self.runs, wait=True):
-            save_weights(net, self.latest, self.weights)
+            save_weights(net, f'{about} of {self.path.name}', self.latest, self.weights)
 
     def is_latest(self):
         """Tell whether the latest weights are this run's."""

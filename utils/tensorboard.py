@@ -14,12 +14,12 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from utils.color import GAIN, VIVIDNESS, merge_luminance
+from utils.color import GAIN, OBJECTIVE, VIVIDNESS, merge_luminance
 from utils.distributed import print0
 
 # TensorBoard opens the tags that sort first: the grid 'Colorized', and the first of these curves
-CURVES = (GAIN, 'learning rate', 'photos per second', 'training loss', 'validation loss', VIVIDNESS)
-METRICS = CURVES[0], *CURVES[3:]  # that the settings led to
+METRICS = GAIN, OBJECTIVE, 'training loss', 'validation loss', VIVIDNESS  # of the settings
+CURVES = *METRICS, 'learning rate', 'photos per second'
 LEAST_SIDE = 128  # pixels of a photo in a grid: smaller ones are enlarged
 
 
