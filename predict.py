@@ -28,9 +28,10 @@ from PIL import Image
 from PIL.ExifTags import TAGS
 from tqdm import tqdm
 
+from pretrained_unet import PretrainedUNet
 from unet import UNet
 from utils import cli
-from utils.checkpoint import atomic_write, load_weights
+from utils.checkpoint import atomic_write, load_tensors, load_weights
 from utils.cli import UsageError
 from utils.color import is_gray, luminance, merge_luminance
 from utils.device import Precision, available_cpus, choose_device
@@ -174,6 +175,12 @@ def colorize_file(path, result, net, args):
         return (str(error) or repr(error)).splitlines()[0]
 
 
+def load_network(path):
+    """Return the network whose weights are in a file. Raises UsageError (see load_weights)."""
+    state = load_tensors(path) if os.path.exists(path) else {}
+    return load_weights(PretrainedUNet() if 'middle_conv.weight' in state else UNet(), path)
+
+
 def find_results(paths, output):
     """Return {result: photo}, and [(photo, why it has no result)] for the rest.
 
@@ -228,7 +235,7 @@ def run(args):
     """Colorize all photos that were asked for; return the exit code. Raises UsageError."""
     stop = Stop()
     results, refused = find_results(list(dict.fromkeys(args.photos)), args.output)
-    net = load_weights(UNet(), args.weights)
+    net = load_network(args.weights)
     if net.about:
         print(f'{args.weights}: {net.about}')
     net.to(choose_device(args.device), memory_format=torch.channels_last)

@@ -84,21 +84,21 @@ class UNet(nn.Module):
             self.last_conv.weight[:, 0] = 0.5  # from [0, 2] to [0, 1]
 
     def forward(self, x):
-        x, x_skip1, x_skip2, x_skip3 = self.encode(x)
+        x_skip1, x_skip2, x_skip3, x = self.encode(x)
         x = self.upsample_block_3(x, x_skip3)
         x = self.upsample_block_2(x, x_skip2)
         x = self.upsample_block_1(x, x_skip1)
         return self.last_conv(x)
 
     def encode(self, x):
-        """Return the middle block's output, and the three skip connections."""
+        """Return the three skip connections, and what the network knows of a photo, at H/8×W/8."""
         height, width = x.shape[-2:]
         if height % 8 or width % 8 or not height or not width:
             raise ValueError(f'UNet needs a height and width divisible by 8, not {height}×{width}')
         x, x_skip1 = self.downsample_block_1(x)
         x, x_skip2 = self.downsample_block_2(x)
         x, x_skip3 = self.downsample_block_3(x)
-        return self.middle_conv_block(x), x_skip1, x_skip2, x_skip3
+        return x_skip1, x_skip2, x_skip3, self.middle_conv_block(x)
 
 
 if __name__ == '__main__':

@@ -28,10 +28,8 @@ sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
 
-from predict import colorize  # noqa: E402
-from unet import UNet  # noqa: E402
+from predict import colorize, load_network  # noqa: E402
 from utils import cli  # noqa: E402
-from utils.checkpoint import load_weights  # noqa: E402
 from utils.color import colorfulness, is_gray, psnr  # noqa: E402
 from utils.photos import list_photos, load_photo, to_pixels  # noqa: E402
 
@@ -66,7 +64,7 @@ def score(results, photos):
 
 def measure(weights, photos):
     """Return of a file of weights: gain in dB, % of the truth's colorfulness, gain at COLORFUL."""
-    net, points = load_weights(UNet(), weights), []
+    net, points = load_network(weights), []
     gray, _ = score([photo.convert('L').convert('RGB') for photo in photos], photos)
     _, truth = score(photos, photos)
     for saturation in SATURATIONS:

@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -53,27 +52,13 @@ def is_saving(name, training):
     return False
 
 
-def stage(training):
-    """Return what the training was doing, from what it had shown and written."""
-    if not is_running(training):
-        return 'starting'
-    if 'Next:' in training.text:
-        return 'finishing'
-    for name in WEIGHTS, 'unet.pth', CHECKPOINT:
-        if is_saving(name, training):
-            return f'saving {name}'
-    if training.text.rpartition('\r')[2].startswith('epoch'):
-        return 'training'
-    return 'between steps' if re.search(r'epoch \d+:', training.text) else 'logging the graph'
-
-
 class Trial:
-    """Runs in folders of their own below `base`, and the tally of what was seen."""
+    """Runs in folders of their own below `base`, the number of stops, and what was found."""
 
     def __init__(self, base, seed):
         self.base, self.random = base, random.Random(seed)
         self.photos, self.reference = base / 'photos', base / 'uninterrupted'
-        self.stops, self.found, self.runs, self.repeated = Counter(), [], 0, 0
+        self.stops, self.found, self.runs = 0, [], 0
         assert draw_landscapes(self.photos, per_kind=8) == 56
         self.reference.mkdir()
         training = Training(self.reference, self.photos)
@@ -93,7 +78,7 @@ class Trial:
         while True:
             training = Training(folder, self.photos, '--resume')
             before = steps_in(training.folder / CHECKPOINT)
-            stopped = self.stops.total() < wanted and stop(training, barren)
+            stopped = self.stops < wanted and stop(training, barren)
             code = training.end()
             after = steps_in(training.folder / CHECKPOINT)
             barren = 0 if after > before else barren + 1
@@ -101,11 +86,10 @@ class Trial:
             if not stopped or code == 0:
                 break
         made = training.steps.stat().st_size - self.steps
-        self.repeated += made
         found = differences(folder, self.reference)
         found += [f'{made} steps were made twice'] if exact and made else []
         self.found += [f'{folder.name}: {difference}' for difference in found]
-        tally = f'{self.stops.total()} times stopped, {made} steps repeated'
+        tally = f'{self.stops} stops so far, {made} steps repeated'
         print(f'{folder.name}: {tally}, {len(found)} differences', flush=True)
 
     def examine(self, training, code, before, after):
@@ -119,10 +103,10 @@ class Trial:
         if said and (int(said[1]) - 1) * STEPS + int(said[2]) != after[1]:
             found.append(f'{said[0]}, but the checkpoint has {after}')
         # before the first epoch and after the last one there is no place to tell
-        silent = stage(training) == 'logging the graph' or after[1] == self.steps
+        silent = not re.search(r'epoch \d+:', training.text) or after[1] == self.steps
         asked = code in (129, 130, 143) and (said or silent)
         if code not in (0, -signal.SIGKILL) and not asked:
-            found.append(f'exit code {code} while {stage(training)}: {training.text}')
+            found.append(f'exit code {code}: {training.text}')
         self.found += [f'{training.folder.name}: {difference}' for difference in found]
 
     def kill(self, training, barren):
@@ -154,23 +138,11 @@ class Trial:
         if happens:
             training.wait_for(partial(happens, training))
         time.sleep(self.random.uniform(0, span))
-        before = stage(training)
         training.process.send_signal(signum)  # does nothing once the program has ended
         if training.process.wait(60) == 0:
             return False  # it came when all was done
-        self.stops[signum.name, stage(training) if signum == signal.SIGKILL else before] += 1
+        self.stops += 1
         return True
-
-
-def report(trial, minutes):
-    """Print which signals came while what was done, and the sums."""
-    for (signum, stage), number in sorted(trial.stops.items()):
-        print(f'{number:5} {signum:8} while {stage}')
-    print(
-        f'{trial.stops.total():5} in all, in {trial.runs} runs of {trial.steps} steps\n'
-        f'{trial.repeated:5} steps repeated, all after SIGKILL\n'
-        f'{len(trial.found):5} differences found, in {minutes:.1f} minutes'
-    )
 
 
 def main():
@@ -183,11 +155,12 @@ def main():
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as base:
         trial = Trial(Path(base), args.seed)
-        while (killed := trial.stops.total()) < args.kills:
+        while (killed := trial.stops) < args.kills:
             trial.run(trial.kill, args.kills, exact=False)
-        while trial.stops.total() < killed + args.requests:
+        while trial.stops < killed + args.requests:
             trial.run(trial.ask, killed + args.requests, exact=True)
-    report(trial, (time.monotonic() - start) / 60)
+    minutes = (time.monotonic() - start) / 60
+    print(f'{trial.stops} stops, {len(trial.found)} differences, in {minutes:.1f} minutes')
     for difference in trial.found:
         print(f'\n{difference}')
     return 1 if trial.found else 0

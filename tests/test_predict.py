@@ -405,10 +405,3 @@ def test_what_cannot_be_done_is_said_in_a_line(home, capsys, words, says):
     error = capsys.readouterr().err
     assert error.startswith('predict.py: ') and says in error and error.count('\n') == 1
     assert not os.path.exists('colorized')
-
-
-def test_it_starts_without_what_only_training_needs():
-    """The import of torchvision takes as long as that of torch: twice the wait for one photo."""
-    slow = 'torchvision', 'tensorboard', 'torch._dynamo'
-    code = f'import sys, predict; print([name for name in {slow} if name in sys.modules])'
-    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, text=True) == '[]\n'

@@ -25,13 +25,13 @@ class Muon(torch.optim.Adam):
     all photos share, and weak in others, such as rare colors. Muon averages gradients, gives all
     directions the same strength, and takes a step of Adam's size (`scale`: 0.2 in Liu et al. 2025,
     arXiv:2502.16982; twice that was best). Biases are no matrices, and the first and the last layer
-    work on gray and color: Adam trains these.
+    work on gray and color: Adam trains these, and all groups of `params` but the last.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, scale=0.4, fused=True):
         super().__init__(params, lr, fused=fused)
         self.momentum, self.scale = momentum, scale
-        self.hidden = [w for w in self.param_groups[0]['params'] if w.dim() > 1][1:-1]
+        self.hidden = [w for w in self.param_groups[-1]['params'] if w.dim() > 1][1:-1]
 
     @torch.no_grad()
     def step(self):
@@ -59,4 +59,4 @@ class Muon(torch.optim.Adam):
         momentum.copy_(averaged)
         state['step'] += 1 if overflow is None else 1 - overflow  # as Adam counts them
         size = self.scale * max(len(weight), weight[0].numel()) ** 0.5
-        weight.sub_(self.param_groups[0]['lr'] * size * update)
+        weight.sub_(self.param_groups[-1]['lr'] * size * update)

@@ -55,7 +55,7 @@ class Page:
             warnings.simplefilter('ignore')
             self.writer.add_graph(net, torch.zeros(1, *self.x.shape[1:]))
         with harmless():
-            for summary in hparams(describe_settings(settings), dict.fromkeys(METRICS, 0)):
+            for summary in hparams(settings, dict.fromkeys(METRICS, 0)):
                 self.writer.file_writer.add_summary(summary)
 
     @torch.no_grad()
@@ -89,19 +89,10 @@ class Page:
         if not self.writer:
             return
         with harmless(), torch.no_grad():
-            features = net.encode(self.x)[0].float().mean((2, 3))
+            features = net.encode(self.x)[-1].float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
             self.writer.add_embedding(features, self.names, thumbnails, epoch, 'features')
             self.writer.close()
-
-
-def describe_settings(settings):
-    """Return what influences the result as words: the tab HParams would show numbers as 32.000."""
-    names = 'colorfulness_weight', 'image_size', 'lr', 'seed', 'val_fraction'
-    words = {name: str(settings[name]) for name in names}
-    words['epochs × batch_size'] = f'{settings["epochs"]} × {settings["batch_size"]}'
-    words['trained on'] = settings['data_path']
-    return words
 
 
 def silence_writer_thread():
