@@ -61,10 +61,7 @@ def parse_args(argv):
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
     add('--colorfulness_weight', type=cli.factor, default=0.025, help='of dullness in the loss')
     add(
-        '--network',
-        choices=NETWORKS,
-        default='unet',
-        help="the course's, or one that knows ImageNet",
+        '--network', choices=NETWORKS, default='unet', help="the course's, or one of more knowledge"
     )
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
@@ -274,11 +271,8 @@ def run(args, home, stop):
         print0('the dry run went through everything, and kept nothing')
     elif folder:
         shown = [os.path.join(photos.root, photos.names[index]) for index in photos.get_shown(4)]
-        report.print_end(folder, state.progress, shown, args.data_path if args.demo else None)
-        if args.network == 'unet' and not args.demo:
-            print0(
-                'Better colors: --network pretrained (pip install -r requirements-pretrained.txt)'
-            )
+        demo = args.data_path if args.demo else None
+        report.print_end(folder, state.progress, shown, demo, args.network)
     return 0
 
 

