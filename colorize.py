@@ -45,6 +45,8 @@ NETWORKS = dict(unet=UNet, pretrained=PretrainedUNet)
 DEMO = dict(data_path='data/demo', epochs=6, batch_size=8)
 # what a resumed run must share with its checkpoint, beside the photos
 FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight demo'.split()
+# what the page shows of a run
+SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
 PREDICTION_WEIGHT = 0.1  # of the network's own error: enough for it to predict a photo
@@ -60,9 +62,7 @@ def parse_args(argv):
     add('--batch_size', type=cli.positive_int, default=32, help='photos a step, over all processes')
     add('--lr', type=cli.positive_float, default=1e-3, help='the peak of the learning rate')
     add('--colorfulness_weight', type=cli.factor, default=0.025, help='of dullness in the loss')
-    add(
-        '--network', choices=NETWORKS, default='unet', help="the course's, or one of more knowledge"
-    )
+    add('--network', choices=NETWORKS, default='unet', help="the course's, or a better one")
     add('--val_fraction', type=cli.fraction_below_1, default=0.1, help='share of photos held out')
     add('--image_size', type=cli.image_size, default=64, help='side of a photo, in pixels')
     add('--seed', type=cli.nonnegative_int, default=0, help='draws weights, order and flips')
@@ -342,12 +342,8 @@ def open_page(args, folder, photos, state):
     page = Page(folder.path, samples, names, state.progress.epoch + 1)
     if state.progress == Progress():
         # another network, on the CPU: tracing must not touch the one that is trained
-        names = 'batch_size colorfulness_weight epochs image_size lr seed val_fraction'.split()
-        trained_on = f'{args.data_path}, {state.settings["data_path"]}'
-        page.log_start(
-            NETWORKS[args.network](),
-            dict(data=trained_on) | {name: vars(args)[name] for name in names},
-        )
+        settings = vars(args) | dict(data=f'{args.data_path}, {state.settings["data_path"]}')
+        page.log_start(NETWORKS[args.network](), {name: settings[name] for name in SETTINGS})
     return page
 
 

@@ -57,5 +57,5 @@ def test_the_page_of_a_run(drawings, tmp_path):
             'Colorized': ('UNet', 780, 532, True),
         }
 
-        for cell in 'batch_size', 'data', '43', 'UNet':
+        for cell in 'batch_size', 'data', '56 photos', 'UNet':
             open_tab(page, url, 'hparams', f'vaadin-grid-cell-content:has-text("{cell}")')

