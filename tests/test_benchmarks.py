@@ -75,16 +75,3 @@ def test_the_parts_of_a_start(benchmark, drawings):
     out = benchmark('speed', 'start', '--data_path', drawings, *SMALL)
     seconds = [float(second) for second in re.findall(r'^ +([\d.]+) s  \w', out, re.MULTILINE)]
     assert len(seconds) == 3 and seconds == sorted(seconds)
-
-
-@pytest.mark.parametrize(
-    'name, part, says',
-    [
-        ('speed', 'steps', ' photos/s, '),
-        ('gpu', 'device', ' processors; torch '),
-        ('gpu', 'profile', ' ms  '),
-        ('gpu', 'empty', 'the weights stay'),
-    ],
-)
-def test_what_needs_no_photos(benchmark, name, part, says):
-    assert says in benchmark(name, part, *SMALL)

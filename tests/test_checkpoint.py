@@ -149,13 +149,3 @@ def test_a_checkpoint_of_another_version_or_run_is_refused(tmp_path, change, rea
     torch.save(saved, tmp_path / 'c.pth')
     with pytest.raises(UsageError, match=reason):
         new_state().load(tmp_path / 'c.pth')
-
-
-def test_the_lowest_objective_is_the_best():
-    progress, best = Progress(), []
-    for objective in 0.5, 0.6, 0.4:
-        best.append(progress.update_best(objective, 1.0))
-        progress.finish_epoch()
-    assert best == [True, False, True] and (progress.best, progress.best_epoch) == (0.4, 3)
-    with pytest.raises(FloatingPointError, match='is nan at step 0 of epoch 4; .* smaller --lr'):
-        progress.update_best(float('nan'), 0.0)

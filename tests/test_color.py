@@ -35,11 +35,6 @@ def test_the_luminance_merge_keeps_color_and_has_the_luminance_everywhere():
     assert torch.allclose(color.merge_luminance(y, color.luminance(y)), y, atol=1e-5)
 
 
-def test_psnr():
-    assert color.psnr(0.01) == pytest.approx(20)
-    assert color.psnr(0.0) == 100
-
-
 def test_colorfulness():
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (40, 30, 3)).astype(float)

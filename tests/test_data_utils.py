@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -14,7 +13,6 @@ from torchvision.transforms import Compose, Grayscale, Normalize, Resize, ToTens
 import data_utils
 from data_utils import (
     ImageFolderGrayColor,
-    Photos,
     batches,
     fingerprint,
     get_colorized_dataset_loader,
@@ -103,12 +101,6 @@ def test_photos_go_where_there_is_room(drawings, tmp_path, monkeypatch, capsys, 
     told = f'too large for memory: 0.0 GB of photos go to a file in {tmp_path}\n'
     assert capsys.readouterr().out == ('' if room == 'memory' else told)
     assert list(tmp_path.iterdir()) == []  # the file has no name any more
-
-
-def test_up_to_sixteen_photos_are_shown_held_out_ones_if_possible():
-    photos = Photos('', [], torch.zeros(0), {}, training=[40, 41], validation=range(20))
-    assert photos.get_shown() == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18]
-    assert replace(photos, validation=[]).get_shown() == [40, 41]
 
 
 def test_batches_agree_with_torchvision(drawings):

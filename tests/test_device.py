@@ -11,7 +11,7 @@ import colorize
 from unet import UNet
 from utils import distributed
 from utils.cli import UsageError
-from utils.device import Precision, check_compiler, choose_device, free_memory
+from utils.device import Precision, choose_device, free_memory
 from utils.muon import Muon
 
 CPU, CUDA, MPS = map(torch.device, ('cpu', 'cuda', 'mps'))
@@ -36,9 +36,6 @@ def gpus(monkeypatch):
 
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)  # so that it is put back
     return gpus
-
-
-# ---------------------------------------------------------------------------- devices
 
 
 def test_each_process_takes_the_gpu_of_its_rank(gpus, monkeypatch):
@@ -73,9 +70,6 @@ def test_the_best_device_is_taken_and_a_missing_one_refused(gpus, count, apple, 
         choose_device(name)
 
 
-# ---------------------------------------------------------------------------- precision
-
-
 @pytest.mark.parametrize(
     'capability, name',
     [((6, 1), 'fp32'), ((7, 0), 'fp16'), ((7, 5), 'fp16'), ((8, 0), 'bf16'), ((12, 0), 'bf16')],
@@ -102,42 +96,6 @@ def test_the_fastest_precision_of_a_cpu(monkeypatch, capabilities, name):
     assert Precision('auto', 'cpu').name == name
 
 
-@pytest.mark.parametrize('name', ['fp32', 'bf16', 'fp16'])
-def test_each_precision_computes_in_its_numbers(name):
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
-    precision, net = Precision(name), torch.nn.Linear(2, 2)
-    for _ in range(2):  # a step enters the context again
-        with precision.autocast:
-            assert net(torch.ones(1, 2)).dtype == dtype
-    assert precision.scaler.is_enabled() == (name == 'fp16')
-
-
-def test_a_precision_that_torch_refuses_is_a_wrong_request(monkeypatch):
-    def autocast(kind, *_):  # as torch 2.4 refuses an Apple GPU
-        raise RuntimeError(f"User specified an unsupported autocast device_type '{kind}'")
-
-    monkeypatch.setattr(torch, 'autocast', autocast)
-    assert Precision('auto', 'mps').name == 'fp32'
-    line = '--precision bf16: not on this mps; fp32 works'
-    with pytest.raises(UsageError, match=line):
-        Precision('bf16', 'mps')
-
-
-# ---------------------------------------------------------------------------- compiler, memory
-
-
-def test_a_compiler_that_fails_is_told_in_a_line(monkeypatch):
-    def compile(function):
-        raise RuntimeError('no C++ compiler here\nand a long story')
-
-    monkeypatch.setattr(torch, 'compile', compile)
-    line = '^--compile: no C.. compiler here; sudo apt-get .* may help$'
-    with pytest.raises(UsageError, match=line):
-        check_compiler(CPU)
-    monkeypatch.setattr(torch, 'compile', lambda function: function)
-    check_compiler(CPU)
-
-
 @pytest.mark.parametrize('limit, free', [('3000000', 2000000), ('max', 8192000)])
 def test_a_container_s_limit_counts(monkeypatch, limit, free):
     files = {
@@ -147,17 +105,6 @@ def test_a_container_s_limit_counts(monkeypatch, limit, free):
     }
     monkeypatch.setattr(Path, 'read_text', lambda path: files[str(path)])
     assert free_memory(CPU) == free
-
-
-def test_the_memory_of_a_gpu(gpus, monkeypatch):
-    gpus(1)
-    assert free_memory(CUDA) == 10**9
-    monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 9, raising=False)
-    monkeypatch.setattr(torch.mps, 'current_allocated_memory', lambda: 2)
-    assert free_memory(MPS) == 7
-
-
-# ---------------------------------------------------------------------------- waiting
 
 
 class Waits(TorchFunctionMode):

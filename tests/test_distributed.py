@@ -1,16 +1,12 @@
 """Several processes on one CPU: forked, which costs little, and as torchrun starts them."""
 
 import json
-import runpy
 import signal
 import subprocess
 import sys
 
 import pytest
-import torch
-from helpers import CHECKPOINT, ENVIRONMENT, FLAGS, ROOT, TAGS, call, curves, differences, load
-
-from utils.cli import explain_error
+from helpers import CHECKPOINT, ENVIRONMENT, FLAGS, TAGS, call, curves, differences, load
 
 # colorize.py, but rank 1 gets a signal after its fifth step: the first of the second epoch
 SIGNALED = """
@@ -122,15 +118,3 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(ran, flags, tmp_path)
     text = start(tmp_path, *launcher.split(), 'restarted.py', *flags)
     assert text.count('photos to train on') == 2 and text.count(' 1/2 ') == 1, text
     assert differences(tmp_path, ran[0] / 'whole') == []
-
-
-def test_a_part_of_another_launcher_s_environment(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '')
-    monkeypatch.delenv('MASTER_ADDR', raising=False)
-    module = runpy.run_path(str(ROOT / 'utils/distributed.py'))
-    assert (module['rank'], module['world_size']) == (0, 2)
-    with pytest.raises(ValueError) as error:
-        module['init'](torch.device('cpu'))
-    code, line = explain_error(error.value)
-    assert code == 2 and line.endswith('; start with torchrun, or unset RANK and WORLD_SIZE')

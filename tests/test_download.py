@@ -237,17 +237,6 @@ def test_the_users_own_files_are_left_alone(project, server, call, mine, code, s
     assert tree(project) == {mine} and server.requests == []
 
 
-def test_a_link_is_followed(project, call, tmp_path):
-    disk = tmp_path / 'disk'
-    disk.mkdir()
-    (project / 'data').mkdir()
-    (project / 'data/landscapes').symlink_to('../../disk/photos')
-    assert call() == (0, GOOD_END, '')
-    assert (project / 'data/landscapes').is_symlink()
-    assert {name: (disk / 'photos' / name).read_bytes() for name in PHOTOS} == PHOTOS
-    assert sorted(p.name for p in disk.iterdir()) == ['.landscapes.lock', 'photos']
-
-
 def test_a_second_call_waits_for_the_first(project, server, start, tmp_path):
     (project / 'data/landscapes').mkdir(parents=True)  # one that is empty is filled
     first = start()

@@ -9,7 +9,6 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-import torch
 from helpers import (
     CHECKPOINT,
     ENVIRONMENT,
@@ -26,8 +25,6 @@ from helpers import (
     steps_in,
     unloadable,
 )
-
-from utils.checkpoint import VERSION
 
 STOPPING = '\nstopping after this step; once more to stop at once\n'
 
@@ -90,9 +87,6 @@ def test_killed_at_any_moment(drawings, whole, train, tmp_path):
     assert differences(tmp_path, whole[0]) == []
 
 
-# ---------------------------------------------------------------------------- asked to stop
-
-
 def test_no_step_is_made_twice_and_all_are_as_they_would_have_been(whole, train, tmp_path):
     # within an epoch, and in an epoch's last step, which is before its validation
     (folder, expected), steps = whole, []
@@ -135,9 +129,6 @@ def test_a_listener_that_ctrl_c_ended_first_costs_nothing(drawings, tmp_path):
         with signal_after(4, signal.SIGINT):
             assert call(tmp_path, '--data_path', drawings, *FLAGS) == 130
     assert steps_in(tmp_path / CHECKPOINT) == (4, 4)
-
-
-# ---------------------------------------------------------------------------- --resume
 
 
 def test_resume_goes_on_with_the_latest_run(train, tmp_path):
@@ -189,13 +180,3 @@ def test_a_setting_that_contradicts_the_checkpoint_is_refused(
     assert re.fullmatch(f'{line}, or another --name\n', printed.err), printed.err
     assert ((folder / CHECKPOINT).read_bytes(), sorted(folder.rglob('*'))) == before
     assert printed.out == '' and not (tmp_path / 'unet.pth').exists()
-
-
-def test_a_checkpoint_of_an_earlier_version_is_refused(train, tmp_path):
-    (tmp_path / CHECKPOINT).parent.mkdir(parents=True)
-    torch.save(dict(version=VERSION - 1, net={}), tmp_path / CHECKPOINT)
-    before = (tmp_path / CHECKPOINT).read_bytes()
-    printed = train('--resume', code=2)
-    refused = f'colorize.py: {CHECKPOINT} is of another version of the program; move it'
-    assert printed.err.startswith(refused) and printed.err.count('\n') == 1 and printed.out == ''
-    assert (tmp_path / CHECKPOINT).read_bytes() == before

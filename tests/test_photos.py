@@ -55,15 +55,6 @@ def test_every_mode_becomes_rgb(tmp_path, mode, value, rgb):
     assert photo.mode == 'RGB' and photo.getpixel((3, 3)) == rgb
 
 
-def test_palette_with_transparency_is_laid_on_white(tmp_path):
-    photo = Image.new('P', (2, 1))
-    photo.putpalette([10, 20, 30, 40, 50, 60])
-    photo.putpixel((1, 0), 1)
-    photo.save(tmp_path / 'a.png', transparency=0)
-    loaded = load_photo(tmp_path / 'a.png')
-    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
-
-
 def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path):
     stripes((1600, 1200)).save(tmp_path / 'a.jpg', quality=95)
     full, small = load_photo(tmp_path / 'a.jpg'), load_photo(tmp_path / 'a.jpg', 64)

@@ -281,17 +281,6 @@ def test_exif_and_profile_where_they_apply(call, suffix):
         assert 'icc_profile' not in result.info
 
 
-def test_a_tiff_tells_of_its_own_pixels(call):
-    # not one of the tags on how the photo's pixels were stored may come along
-    for mode, compression in {'1': 'group4', 'CMYK': 'tiff_lzw', 'RGB': 'jpeg'}.items():
-        tags = dict(compression=compression, resolution=300, tiffinfo={65000: 'private'})
-        save(f'{mode}.tif', scene(mode=mode), **tags)
-        call(0, f'{mode}.tif')
-        with Image.open(f'colorized/{mode}.tif') as result, Image.open(f'{mode}.tif') as photo:
-            assert [result.tag_v2[tag] for tag in (258, 262, 282)] == [(8, 8, 8), 2, 300]
-            assert luminance_error(result, to_rgb(photo).convert('L')) < 1
-
-
 def test_compare_shows_gray_color_and_original(call, net):
     photo = scene((200, 20), 'RGBA')
     save('a.png', photo)
@@ -375,15 +364,6 @@ def test_saturation_scales_the_color(net):
     dull, normal, bright = (spread(colorize(net, photo, 32, s)) for s in (0.5, 1, 1.5))
     assert dull == pytest.approx(normal / 2, rel=0.1) and bright > normal * 1.2
     assert colorize(net, photo, saturation=0).tobytes() == photo.convert('RGB').tobytes()
-
-
-def test_the_number_of_threads_changes_no_byte(call, drawings, monkeypatch):
-    for threads in 1, 4:
-        monkeypatch.setattr(predict, 'available_cpus', lambda threads=threads: threads)
-        call(0, drawings / 'lake', drawings / 'city', '--output', f'out{threads}')
-    assert len(files('out1')) == 16 and files('out4') == files('out1')
-    for name in files('out1'):
-        assert Path('out1', name).read_bytes() == Path('out4', name).read_bytes()
 
 
 # ---------------------------------------------------------------------------- the program

@@ -21,6 +21,8 @@ ELSEWHERE = {
     'pip install -r requirements-app.txt': '.ci/run does, as a part of tests/requirements.txt',
     'python app.py': 'tests/test_app.py starts it, on a free port',
     'ssh -L 7860:localhost:7860 USER@VM_ADDRESS': 'tests/test_vm.py does, for port 8898',
+    'cd DISK && python ~/colorize/colorize.py --name spot --resume '
+    '--data_path ~/colorize/data/landscapes': 'tests/test_kill.py resumes, without a DISK',
     'nvidia-smi': 'needs a GPU',
     'tmux attach -t colorize': 'needs someone at a terminal',
     'sudo shutdown -h now': 'is better not tried here',

@@ -263,19 +263,6 @@ def switch_off(laptop, there):
     assert 'runs/UNet is finished at epoch 2' in (there / 'colorize.log').read_text()
 
 
-def go_on_elsewhere(laptop, there, disk):
-    """A service starts the command again; the disk stays, code and photos are another machine's."""
-    disk.mkdir()
-    shutil.copytree(there / 'runs/UNet', disk / 'runs/spot')
-    command = from_page(
-        'cd DISK && python ~/colorize/colorize.py --name spot --resume '
-        '--data_path ~/colorize/data/landscapes'
-    )
-    said = laptop.type_there(f'{command} --epochs 3'.replace('DISK', str(disk)))
-    assert re.findall(r'^ *(\d)/\d', said, re.MULTILINE) == ['3']  # no epoch twice
-    assert (disk / 'unet.pth').exists()
-
-
 def test_from_the_first_login_to_the_shutdown(laptop, vm, drawings, tmp_path):
     there = vm / 'colorize'
     bring_the_code(laptop, there)
@@ -285,4 +272,3 @@ def test_from_the_first_login_to_the_shutdown(laptop, vm, drawings, tmp_path):
     take_home(laptop, there, drawings / 'lake/lake_001.jpg')
     go_on_in_tmux(laptop)
     switch_off(laptop, there)
-    go_on_elsewhere(laptop, there, tmp_path / 'disk')

@@ -21,11 +21,10 @@ def orthogonalize(matrix):
 class Muon(torch.optim.Adam):
     """Train `params`, in the order of the layers, at the learning rate `lr` of Adam.
 
-    The gradient of a convolution, a matrix (out, 3 × 3 × in), is strong in a few directions, which
-    all photos share, and weak in others, such as rare colors. Muon averages gradients, gives all
-    directions the same strength, and takes a step of Adam's size (`scale`: 0.2 in Liu et al. 2025,
-    arXiv:2502.16982; twice that was best). Biases are no matrices, and the first and the last layer
-    work on gray and color: Adam trains these, and all groups of `params` but the last.
+    The gradient of a convolution, a matrix (out, 3 × 3 × in), is strong in few directions, common
+    to all photos, and weak in others, such as rare colors. Muon averages gradients, gives all
+    directions one strength, and steps as far as Adam does, times `scale` (0.2 in Liu et al. 2025,
+    arXiv:2502.16982). Adam trains biases, first and last layer, and all groups but the last.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, scale=0.4, fused=True):
@@ -47,8 +46,7 @@ class Muon(torch.optim.Adam):
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
         momentum = state['momentum']
-        # in float16, GradScaler leaves these to the optimizer, as a fused Adam wants it
-        scale, overflow = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
+        scale, overflow = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)  # fp16
         gradient = weight.grad if scale is None else weight.grad / scale
         averaged = self.momentum * momentum + gradient
         update = (gradient + self.momentum * averaged).permute(0, 2, 3, 1)  # as it lies in memory
