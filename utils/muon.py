@@ -46,7 +46,7 @@ class Muon(torch.optim.Adam):
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
         momentum = state['momentum']
-        scale, overflow = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)  # fp16
+        scale, overflow = (getattr(self, name, None) for name in ('grad_scale', 'found_inf'))  # fp16
         gradient = weight.grad if scale is None else weight.grad / scale
         averaged = self.momentum * momentum + gradient
         update = (gradient + self.momentum * averaged).permute(0, 2, 3, 1)  # as it lies in memory
