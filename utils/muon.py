@@ -42,11 +42,11 @@ class Muon(torch.optim.Adam):
         super().step()
 
     def step_hidden(self, weight, state):
-        """Take Muon's step of one convolution (out, in, 3, 3)."""
+        """Take Muon's step of one convolution (out, in, 3, 3), with GradScaler's help in float16."""
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
         momentum = state['momentum']
-        scale, overflow = (getattr(self, name, None) for name in ('grad_scale', 'found_inf'))  # fp16
+        scale, overflow = (getattr(self, name, None) for name in ('grad_scale', 'found_inf'))
         gradient = weight.grad if scale is None else weight.grad / scale
         averaged = self.momentum * momentum + gradient
         update = (gradient + self.momentum * averaged).permute(0, 2, 3, 1)  # as it lies in memory
