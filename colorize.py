@@ -152,7 +152,8 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
     finite.
     """
     device = next(model.parameters()).device
-    loss_sum = torch.tensor(progress.loss_sum, device=device)
+    exact = torch.float32 if device.type == 'mps' else torch.float64  # an Apple GPU has no more
+    loss_sum = torch.tensor(progress.loss_sum, dtype=exact, device=device)  # stays on the device
     model.train()
     asked, signum = 0, 0
     first = progress.epoch * recipe.steps_per_epoch + progress.step

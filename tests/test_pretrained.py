@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from helpers import CHECKPOINT, WEIGHTS, call, is_same, load, signal_after
+from pages import from_page
 
 import predict
 import pretrained_unet
@@ -16,7 +17,7 @@ from utils.cli import UsageError
 
 # the mean sizes of the features of efficientnet-lite-pytorch 0.1.0, an implementation of its own
 REFERENCE = 3.205281, 5.837734, 6.261575, 4.859898, 1.351163
-FLAGS = '--network', 'pretrained', '--image_size', 32, '--epochs', 2
+FLAGS = from_page('python colorize.py --network pretrained').split()[2:]
 needs_weights = pytest.mark.skipif(
     not importlib.util.find_spec(pretrained_unet.PACKAGE), reason='requirements-pretrained.txt'
 )
@@ -54,8 +55,7 @@ def test_batch_normalization_stays_as_it_is_and_the_encoder_learns_slower():
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_path):
     whole = tmp_path / 'whole'
     whole.mkdir()
-    flags = ['--batch_size', 16, '--val_fraction', 0.25, '--device', 'cpu', *FLAGS]
-    assert call(whole, '--data_path', drawings, *flags) == 0
+    assert call(whole, '--data_path', drawings, *FLAGS) == 0
     with signal_after(2):
         train(*FLAGS, code=143)
     assert 'For better colors' not in train(*FLAGS, '--resume').out
@@ -64,7 +64,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_pa
     net = load_network(tmp_path / 'unet.pth')
     assert isinstance(net, PretrainedUNet) and net.image_size == 32
     assert call(tmp_path, drawings / 'lake', '--device', 'cpu', program=predict) == 0
-    refused = train('--resume', '--image_size', 32, code=2).err
+    refused = train('--resume', code=2).err
     assert f'{CHECKPOINT} was trained with --network pretrained, not unet' in refused
     with pytest.raises(UsageError, match='holds no weights of this network'):
         load_weights(UNet(), tmp_path / WEIGHTS)

@@ -19,6 +19,7 @@ ELSEWHERE = {
     'pip install -r requirements.txt && python colorize.py --demo': '.ci/run runs it',
     'pip install -r tests/requirements.txt && python -m pytest': '.ci/run runs it',
     'pip install -r requirements-app.txt': '.ci/run does, as a part of tests/requirements.txt',
+    'pip install -r requirements-pretrained.txt': 'so it does',
     'python app.py': 'tests/test_app.py starts it, on a free port',
     'ssh -L 7860:localhost:7860 USER@VM_ADDRESS': 'tests/test_vm.py does, for port 8898',
     'cd DISK && python ~/colorize/colorize.py --name spot --resume '

@@ -42,7 +42,7 @@ class Muon(torch.optim.Adam):
         super().step()
 
     def step_hidden(self, weight, state):
-        """Take Muon's step of one convolution (out, in, 3, 3), with GradScaler's help in float16."""
+        """Take Muon's step of one convolution (out, in, 3, 3), by GradScaler in float16."""
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
         momentum = state['momentum']
