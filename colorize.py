@@ -49,7 +49,6 @@ FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight dem
 SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
-PREDICTION_WEIGHT = 0.1  # of the network's own error: enough for it to predict a photo
 # after which small steps see parts of the photos: whole ones, the network begins to know by heart
 WHOLE_EPOCHS = 15
 
@@ -94,21 +93,14 @@ class Recipe:
 
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0  # of dullness in what is minimized
-    prediction_weight: float = 1.0  # of the network's own error; the colorized photo's has the rest
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
     small_steps: float = 0.0  # the share of the steps, from the first, at half the size
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
 
-    def get_objective(self, error, colorized_error, dullness):
-        """Return what is minimized.
-
-        The errors are squared: of the prediction, and of the colorized photo, which takes its
-        brightness from the gray one, so that no effort is spent on that. With them alone, a network
-        that is unsure predicts gray: hence the dullness (see color.dullness).
-        """
-        squared = self.prediction_weight * error + (1 - self.prediction_weight) * colorized_error
-        return squared + self.colorfulness_weight * dullness
+    def get_objective(self, squared_error, dullness):
+        """Return what is minimized; without dullness, a network that is unsure predicts gray."""
+        return squared_error + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
         """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
@@ -196,17 +188,17 @@ def train_step(model, optimizer, x, y, batch_size, recipe):
     with recipe.precision.autocast:
         prediction = model(x)
     prediction = prediction.float()
-    colorized = color.merge_luminance(prediction, (x + 1) / 2)
-    errors = [
-        F.mse_loss(z, y, reduction='sum') / y.shape[1:].numel() for z in (prediction, colorized)
-    ]
-    objective = recipe.get_objective(*errors, color.dullness(colorized, y).sum())
+    squared_error = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
+    objective = squared_error
+    if recipe.colorfulness_weight:
+        colorized = color.merge_luminance(prediction, (x + 1) / 2)
+        objective = recipe.get_objective(squared_error, color.dullness(colorized, y).sum())
     scaler = recipe.precision.scaler
     # DistributedDataParallel divides by the world size, which is undone here
     scaler.scale(objective * distributed.world_size / batch_size).backward()
     scaler.step(optimizer)
     scaler.update()
-    return errors[0].detach()
+    return squared_error.detach()
 
 
 @torch.no_grad()
@@ -248,9 +240,9 @@ def run(args, home, stop):
         return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
     steps = math.ceil(len(photos.training) / args.batch_size)  # of an epoch
-    weights = args.colorfulness_weight, PREDICTION_WEIGHT
     small = 0.0 if args.demo else SMALL_STEPS
-    recipe = Recipe(precision, *weights, args.lr, small, steps, args.epochs * steps)
+    settings = args.colorfulness_weight, args.lr, small, steps, args.epochs * steps
+    recipe = Recipe(precision, *settings)
     if folder:
         report.print_skipped(photos, folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
@@ -297,8 +289,7 @@ def fit(args, state, recipe, photos, folder, page, stop):
         if photos.validation:
             loader = make_batches(photos.validation)  # without a seed: in order, unflipped
             metrics |= evaluate(net, loader, recipe.precision, stop)
-            names = 'validation loss', 'error of colorized', 'dullness'
-            objective = recipe.get_objective(*(metrics[name] for name in names))
+            objective = recipe.get_objective(metrics['validation loss'], metrics['dullness'])
             metrics[color.OBJECTIVE] = objective
         is_best = progress.update_best(objective, metrics.get(color.GAIN, 0.0))
         progress.finish_epoch()

@@ -102,7 +102,6 @@ def to_metrics(means):
     colorized, gray = psnr(means['error of colorized']), psnr(means['error of gray copy'])
     return {
         'validation loss': means['validation loss'],
-        'error of colorized': means['error of colorized'],
         'dullness': means['dullness'],
         'PSNR of colorized': colorized,
         GAIN: colorized - gray,
