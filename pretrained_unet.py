@@ -99,6 +99,7 @@ class PretrainedUNet(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.last_conv.weight)
         nn.init.zeros_(self.last_conv.bias)
+        self.train()
 
     def forward(self, x):
         skips = [x, *self.encode(x)]

@@ -42,7 +42,7 @@ def test_the_encoder_computes_what_the_reference_does():
 
 @needs_weights
 def test_batch_normalization_stays_as_it_is_and_the_encoder_learns_slower():
-    net = PretrainedUNet().load_encoder().train()
+    net = PretrainedUNet().load_encoder()
     before = {name: value.clone() for name, value in net.named_buffers()}
     net(torch.rand(2, 1, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
