@@ -3,6 +3,7 @@
 import os
 import sys
 
+import pytest
 from browser import browser, free_port, images, needs_browser, open_tab, says, started, until
 from helpers import call
 from pages import from_page
@@ -31,6 +32,7 @@ def first_sight(page, url):
     return until(see, ([780, 532], True, True, True))
 
 
+@pytest.mark.long
 @needs_browser
 def test_the_page_of_a_run(drawings, tmp_path):
     (tmp_path / 'data').mkdir()
