@@ -169,7 +169,7 @@ def colorize_file(path, result, net, args):
             picture = draw_result(photo, format, draw, args.compare)
             content = encode(picture, photo, format)
         result.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(content, result)
+        atomic_write(content, result, sync=False)
         return DONE
     except Exception as error:  # decoders, encoders and devices raise nearly anything
         return (str(error) or repr(error)).splitlines()[0]

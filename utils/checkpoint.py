@@ -17,10 +17,11 @@ from utils.cli import UsageError
 VERSION = 5  # of checkpoints; others are refused
 
 
-def atomic_write(content, *paths):
+def atomic_write(content, *paths, sync=True):
     """Atomically write bytes to each of the paths: no reader ever sees a part of a file.
 
-    A path that is a link is followed. All files are written before the first takes its name.
+    A path that is a link is followed. All files are written before the first takes its name. With
+    `sync`, which takes milliseconds, they outlast a power cut, too.
     Raises OSError naming the path that could not be written, which then is as it was.
     """
     temporaries = []
@@ -31,7 +32,8 @@ def atomic_write(content, *paths):
             with open(temporaries[-1], 'xb') as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
         for path, temporary in zip(paths, temporaries, strict=True):
             os.replace(temporary, os.path.realpath(path))
     except OSError as error:
