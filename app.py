@@ -60,11 +60,11 @@ class Page:
 
     def build(self):
         """Return the page, as gradio.Blocks."""
-        size = self.net.image_size
+        size, about = self.net.image_size, self.net.about and f'The network was {self.net.about}.'
         with gr.Blocks(title='Colorize', analytics_enabled=False) as blocks:
             gr.Markdown(
                 '# Colorize photos\nDrop photos, and drag the line between gray and color. '
-                f'Nothing leaves this machine, or is kept when you close the page. {self.net.about}'
+                f'Nothing leaves this machine, or is kept when you close the page. {about}'
             )
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
