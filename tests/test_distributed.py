@@ -112,6 +112,7 @@ def test_any_number_of_processes_gives_the_same_run(ran, flags, tmp_path):
         assert many[tag] == [(step, pytest.approx(value, rel=1e-3)) for step, value in alone[tag]]
 
 
+@pytest.mark.long
 def test_a_killed_process_is_restarted_and_nothing_is_lost(ran, flags, tmp_path):
     (tmp_path / 'restarted.py').write_text(RESTARTED)
     launcher = '-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1'
