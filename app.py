@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 import uuid
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -109,7 +108,6 @@ class Page:
         """
         torch.set_num_threads(1)  # in this thread, as in predict.py: the same to the last bit
         home = self.folder / request.session_hash
-        args = Namespace(size=size, saturation=saturation, compare=False, overwrite=False)
         with self.lock:
             photos = sorted(home.glob('photos/*/*'))
             for earlier in home.glob('result_*'):
@@ -119,7 +117,7 @@ class Page:
             for photo in photos:
                 name = f'{photo.stem}_colorized{photo.suffix}'
                 result = predict.result_path(folder / 'photos' / name)
-                outcome = predict.colorize_file(photo, result, self.net, args)
+                outcome = predict.colorize_file(photo, result, self.net, size, saturation)
                 if outcome == predict.DONE:
                     done[result] = photo
                 else:

