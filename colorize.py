@@ -301,8 +301,9 @@ def fit(args, state, recipe, photos, folder, page, stop):
         if folder:
             if is_best:
                 of = 'drawings, and knows nothing else' if args.demo else 'photos'
-                about = f'trained on {len(photos.training)} {of}; {progress.best_gain:+.1f} dB'
-                folder.save_weights(net, f'{about} in epoch {epoch + 1}')
+                gain = f'{progress.best_gain:+.1f} dB in ' if photos.validation else ''
+                about = f'trained on {len(photos.training)} {of}; {gain}epoch {epoch + 1}'
+                folder.save_weights(net, about)
             page.log_epoch(net, recipe.precision, metrics, progress.epoch)
             # Last. If the run is killed before this, --resume repeats the epoch.
             state.save(folder.checkpoint)

@@ -34,8 +34,8 @@ import predict
 from benchmarks.reference import UNet as TemplateUNet
 from colorize import Recipe
 from unet import UNet
-from utils.checkpoint import Progress
-from utils.color import GAIN, luminance
+from utils.checkpoint import Progress, load_weights
+from utils.color import GAIN, OBJECTIVE, luminance
 from utils.device import Precision
 from utils.stop import Stopped
 
@@ -177,6 +177,11 @@ def test_a_tiny_run_learns_and_its_printed_commands_work(trained, drawings):
     assert curve[GAIN][-1][1] > 1
     assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
     TemplateUNet().load_state_dict(load(trained / 'unet.pth'), strict=True)
+    _, best = min((objective, epoch) for epoch, objective in curve[OBJECTIVE])
+    about = load_weights(UNet(), trained / 'unet.pth').about
+    assert (
+        about == f'trained on 43 photos; {dict(curve[GAIN])[best]:+.1f} dB in epoch {best} of UNet'
+    )
 
     text = (trained / 'log').read_text().replace('YOUR_PHOTOS', str(drawings))
     for command in re.findall(r'^    python predict\.py (.*)$', text, re.MULTILINE):
@@ -196,6 +201,8 @@ def test_without_validation_the_last_weights_are_saved(train, tmp_path):
     weights, last = load(tmp_path / 'unet.pth'), load(tmp_path / CHECKPOINT)['net']
     assert all(torch.equal(weights[name], value) for name, value in last.items())
     assert 'validation loss' not in curves(tmp_path)
+    about = load_weights(UNet(), tmp_path / 'unet.pth').about
+    assert about == 'trained on 56 photos; epoch 2 of UNet'
 
 
 def test_a_dry_run_goes_through_everything_and_keeps_nothing(train, tmp_path):

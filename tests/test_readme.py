@@ -112,12 +112,3 @@ def test_files_and_links_are_there():
             headings = re.findall(r'^#+ (.*)$', PAGES.get(target, ''), re.MULTILINE)
             anchors = {re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings}
             assert not anchor or anchor in anchors, (path, link)
-
-
-def test_the_plot_is_that_of_the_table(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'docs')
-    import plot
-
-    points = plot.read_points((ROOT / 'docs/measurements.md').read_text('utf-8'))
-    assert [len(points[name]) for name in plot.CURVES] == [6, 3]
-    assert (ROOT / 'docs/colorfulness.svg').read_text('utf-8') == plot.draw(points)
