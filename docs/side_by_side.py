@@ -2,8 +2,8 @@
 
     python docs/side_by_side.py OUTPUT.jpg WEIGHTS,WEIGHTS PHOTO PHOTO …
 
-old_photos.jpg shows china.jpg and flower.jpg, which come with scikit-learn (sklearn/datasets/images),
-by the UNet and the pretrained network.
+old_photos.jpg shows china.jpg and flower.jpg, which come with scikit-learn, in the folder
+sklearn/datasets/images, by the UNet and the pretrained network.
 """
 
 import sys
