@@ -385,3 +385,9 @@ def test_what_cannot_be_done_is_said_in_a_line(home, capsys, words, says):
     error = capsys.readouterr().err
     assert error.startswith('predict.py: ') and says in error and error.count('\n') == 1
     assert not os.path.exists('colorized')
+
+
+def test_it_starts_without_torchvision_and_gradio():
+    """Torchvision imports torch's compiler, which would nearly double the time of one photo."""
+    code = "import sys, predict; sys.exit(bool({'torchvision', 'gradio'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
