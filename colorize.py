@@ -50,7 +50,7 @@ SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network see
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.75  # of all steps see photos at half their size
 # after which small steps see parts of the photos: whole ones, the network begins to know by heart
-WHOLE_EPOCHS = 15
+WHOLE_EPOCHS = 4
 
 
 def parse_args(argv):
