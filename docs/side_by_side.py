@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from predict import colorize, load_network  # noqa: E402
+from predict import colorize, load_network, side_by_side  # noqa: E402
 from utils.photos import load_photo  # noqa: E402
 
-WIDTH, GAP = 320, 4  # of a photo and between photos, in pixels
+WIDTH, MARGIN = 320, 24  # of a photo, and above the rows, in pixels
 
 
 def main(output, weights, *paths):
@@ -24,20 +24,21 @@ def main(output, weights, *paths):
     rows = []
     for path in paths:
         photo = load_photo(path)
-        gray = photo.convert('L')
-        row = [gray, *(colorize(net, gray) for net in networks), photo]
-        rows.append([each.resize((WIDTH, WIDTH * photo.height // photo.width)) for each in row])
+        gray = photo.convert('L').convert('RGB')
+        parts = [gray, *(colorize(net, gray) for net in networks), photo]
+        size = WIDTH, WIDTH * photo.height // photo.width
+        rows.append(side_by_side([part.resize(size) for part in parts]))
     names = ['gray', *(type(net).__name__ for net in networks), 'truth']
-    font = ImageFont.load_default(16)
-    height = 24 + sum(row[0].height + GAP for row in rows)
-    sheet = Image.new('RGB', (len(names) * (WIDTH + GAP) - GAP, height), 'white')
-    draw, top = ImageDraw.Draw(sheet), 24
+    height = MARGIN + sum(row.height + 4 for row in rows)
+    sheet = Image.new('RGB', (rows[0].width, height), 'white')
+    draw, top = ImageDraw.Draw(sheet), MARGIN
     for column, name in enumerate(names):
-        draw.text((column * (WIDTH + GAP), 2), name, 'black', font)
+        draw.text(
+            (column * sheet.width // len(names), 2), name, 'black', ImageFont.load_default(16)
+        )
     for row in rows:
-        for column, photo in enumerate(row):
-            sheet.paste(photo, (column * (WIDTH + GAP), top))
-        top += row[0].height + GAP
+        sheet.paste(row, (0, top))
+        top += row.height + 4
     sheet.save(output, quality=88)
 
 

@@ -178,10 +178,8 @@ def test_a_tiny_run_learns_and_its_printed_commands_work(trained, drawings):
     assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
     TemplateUNet().load_state_dict(load(trained / 'unet.pth'), strict=True)
     _, best = min((objective, epoch) for epoch, objective in curve[OBJECTIVE])
-    about = load_weights(UNet(), trained / 'unet.pth').about
-    assert (
-        about == f'trained on 43 photos; {dict(curve[GAIN])[best]:+.1f} dB in epoch {best} of UNet'
-    )
+    gain, about = dict(curve[GAIN])[best], load_weights(UNet(), trained / 'unet.pth').about
+    assert about == f'trained on 43 photos; {gain:+.1f} dB in epoch {best} of UNet'
 
     text = (trained / 'log').read_text().replace('YOUR_PHOTOS', str(drawings))
     for command in re.findall(r'^    python predict\.py (.*)$', text, re.MULTILINE):
