@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import torch
@@ -93,9 +92,11 @@ class Page:
 
     def take(self, paths, size, saturation, request: gr.Request):
         """Take photos in place of earlier ones; return what the page shows, and an empty field."""
-        self.leave(request)
+        photos = self.folder / request.session_hash / 'photos'
+        with self.lock:
+            shutil.rmtree(photos, ignore_errors=True)
         for number, path in enumerate(paths):
-            folder = self.folder / request.session_hash / 'photos' / f'{number:04}'
+            folder = photos / f'{number:04}'
             folder.mkdir(parents=True)
             shutil.move(path, folder)
         return *self.show(size, saturation, request), None
@@ -110,10 +111,11 @@ class Page:
         home = self.folder / request.session_hash
         with self.lock:
             photos = sorted(home.glob('photos/*/*'))
-            for earlier in home.glob('result_*'):
+            # the last result stays for now: the browser may still be loading it
+            for earlier in sorted(home.glob('result_*'))[:-1]:
                 shutil.rmtree(earlier)
             # a new folder: browsers keep what they have seen under a name
-            folder, done, refused = home / f'result_{uuid.uuid4().hex}', {}, []
+            folder, done, refused = home / f'result_{time.time_ns()}', {}, []
             for photo in photos:
                 name = f'{photo.stem}_colorized{photo.suffix}'
                 result = predict.result_path(folder / 'photos' / name)
@@ -138,6 +140,7 @@ class Page:
 
     def leave(self, request: gr.Request):
         """Remove all files of a window."""
+        time.sleep(1)  # what it asked for last is still being sent
         with self.lock:
             shutil.rmtree(self.folder / request.session_hash, ignore_errors=True)
 
