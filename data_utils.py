@@ -244,14 +244,14 @@ def gray_and_color(photos):
     return luminance(y) * 2 - 1, y
 
 
-def shrink(x, y, step, of_parts):
-    """Return photos (B, C, S, S) at half their size: all of each or, with `of_parts`, a square.
+def shrink(x, y, side, step, of_parts):
+    """Return photos (B, C, S, S) as (B, C, side, side): all of each or, with `of_parts`, a square.
 
     The part comes from `step` alone, so that a resumed run and each process of several take it.
     """
     size = x.shape[-1]
     draw = random.Random(step)
-    part = draw.randint(size // 2, size) if of_parts else size
+    part = draw.randint(side, size) if of_parts else size
     top, left = (draw.randint(0, size - part) for _ in range(2))
-    square, half = (top, left, part, part), [size // 2, size // 2]
-    return [resized_crop(photos, *square, half, antialias=False) for photos in (x, y)]
+    square = top, left, part, part
+    return [resized_crop(photos, *square, [side, side], antialias=False) for photos in (x, y)]

@@ -118,17 +118,17 @@ def test_the_rate_rises_and_falls():
 
 
 @pytest.mark.parametrize(
-    'share, size, small',
+    'share, size, sides',
     [
-        (0.75, 64, [1, 2, 3, 4, 5]),  # the first is large: it tells whether the memory suffices
-        (0.5, 16, [1, 2, 3]),
-        (0.75, 40, []),  # 20 is no multiple of 8
-        (0.0, 64, []),
+        (0.75, 64, [64, 40, 40, 40, 40, 40, 64, 64]),  # the first tells whether the memory suffices
+        (0.5, 16, [16, 8, 8, 8, 16, 16, 16, 16]),
+        (0.75, 8, [8] * 8),
+        (0.0, 64, [64] * 8),
     ],
 )
-def test_the_first_steps_see_small_photos(share, size, small):
+def test_the_first_steps_see_small_photos(share, size, sides):
     recipe = Recipe(small_steps=share, steps=8)
-    assert [step for step in range(8) if recipe.is_small(step, size)] == small
+    assert [recipe.get_side(step, size) for step in range(8)] == sides
 
 
 # ---------------------------------------------------------------------------- whole runs

@@ -161,7 +161,7 @@ def test_processes_share_each_batch(drawings, monkeypatch, world_size):
 
 def test_small_photos_are_the_means_of_two_by_two_pixels():
     y = torch.rand(2, 3, 16, 16)
-    x, small = shrink(y[:, 2:], y, step=1, of_parts=False)
+    x, small = shrink(y[:, 2:], y, 8, step=1, of_parts=False)
     torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(y, 2))
     assert torch.equal(x, small[:, 2:])
 
@@ -171,7 +171,7 @@ def test_parts_come_from_the_step_alone_and_from_every_place():
     rows = torch.arange(size, dtype=torch.float32)[:, None].expand(size, size)
     y = torch.stack([rows, rows.T])[None]  # each pixel tells its place
     small, again = (
-        torch.cat([shrink(y[:, :1], y, step, of_parts=True)[1] for step in range(1, 150)])
+        torch.cat([shrink(y[:, :1], y, half, step, of_parts=True)[1] for step in range(1, 150)])
         for _ in range(2)
     )
     assert torch.equal(small, again)

@@ -35,7 +35,7 @@ def whole(drawings, tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')
     with signal_after(None) as made:
         assert call(folder, '--data_path', drawings, *FLAGS) == 0
-    assert [side for _, side, _ in made] == [16, *[8] * 8, *[16] * 3]  # three quarters are small
+    assert [side for _, side, _ in made] == [16, *[8] * 10, 16]  # 85 % are small
     assert steps_in(folder / CHECKPOINT) == (12, 12)
     return folder, made
 

@@ -36,9 +36,9 @@ def print_start(device, recipe, photos, path, progress):
         f'{describe_device(device)}, {recipe.precision.name}: {len(photos.training)} photos to '
         f'train on, {len(photos.validation)} held out; logging in {path}'
     )
-    if recipe.is_small(1, size):
+    if (small := recipe.get_side(1, size)) < size:
         print0(
-            f'the first {100 * recipe.small_steps:g} % of the steps see {size // 2}×{size // 2} '
+            f'the first {100 * recipe.small_steps:g} % of the steps see {small}×{small} '
             f'pixels, the others {size}×{size}, which takes longer'
         )
     if progress.epoch or progress.step:
