@@ -168,6 +168,9 @@ def test_the_page_has_the_same_photos_at_every_epoch_and_the_graph(trained):
     assert (grids['Input'][0] - gray).abs().mean() < 2 and gray.std() > 20
     nodes = ' '.join(node.name for node in page.Graph().node)
     assert all(f'{way}sample_block_{n}' in nodes for way in ('down', 'up') for n in (1, 2, 3))
+    places = (trained / 'runs/projector_config.pbtxt').read_text()
+    assert 'tensor_path: "UNet/00005/UNet/tensors.tsv"' in places
+    assert (trained / 'runs/UNet/00005/UNet/tensors.tsv').exists()
 
 
 def test_a_tiny_run_learns_and_its_printed_commands_work(trained, drawings):
@@ -220,11 +223,8 @@ def test_best_weights_are_kept(train, tmp_path):
     weights = (tmp_path / WEIGHTS).read_bytes()
     train('--epochs', 3, '--lr', 0.3, '--resume')
     last = load(tmp_path / CHECKPOINT)['progress']
-    assert (last['epoch'], last['best'], last['best_epoch']) == (
-        3,
-        progress['best'],
-        progress['best_epoch'],
-    )
+    best = [progress[key] for key in ('best', 'best_epoch')]
+    assert [last[key] for key in ('epoch', 'best', 'best_epoch')] == [3, *best]
     assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / 'unet.pth').read_bytes() == weights
 
 

@@ -41,7 +41,7 @@ class Page:
     """
 
     def __init__(self, path, samples, names, first_epoch):
-        self.writer, (self.x, self.y), self.names = None, samples, names
+        self.writer, self.path, (self.x, self.y), self.names = None, path, samples, names
         silence_writer_thread()
         with harmless():
             self.writer = SummaryWriter(path, purge_step=first_epoch)
@@ -85,14 +85,21 @@ class Page:
             self.writer.flush()
 
     def close(self, net, epoch):
-        """Place the photos by the network's features, for the tab Projector, and end the page."""
+        """Place the photos by the network's features, for the tab Projector, and end the page.
+
+        The tab shows the run that ended last: of several, it would open with the oldest.
+        """
         if not self.writer:
             return
         with harmless(), torch.no_grad():
             features = net.encode(self.x)[-1].float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
-            self.writer.add_embedding(features, self.names, thumbnails, epoch, 'features')
+            self.writer.add_embedding(features, self.names, thumbnails, epoch, self.path.name)
             self.writer.close()
+            config = self.path / 'projector_config.pbtxt'  # one in runs/ is read, too
+            text = config.read_text().replace(f'"{epoch:05}/', f'"{self.path.name}/{epoch:05}/')
+            (self.path.parent / config.name).write_text(text)
+            config.unlink()
 
 
 def silence_writer_thread():
