@@ -96,12 +96,13 @@ def test_the_fastest_precision_of_a_cpu(monkeypatch, capabilities, name):
     assert Precision('auto', 'cpu').name == name
 
 
-@pytest.mark.parametrize('limit, free', [('3000000', 2000000), ('max', 8192000)])
+@pytest.mark.parametrize('limit, free', [('3000000', 2250000), ('max', 8192000)])
 def test_a_container_s_limit_counts(monkeypatch, limit, free):
     files = {
         '/proc/meminfo': 'MemTotal: 9000 kB\nMemAvailable: 8000 kB\n',
         '/sys/fs/cgroup/memory.max': limit,
         '/sys/fs/cgroup/memory.current': '1000000',
+        '/sys/fs/cgroup/memory.stat': 'anon 750000\ninactive_file 250000\n',
     }
     monkeypatch.setattr(Path, 'read_text', lambda path: files[str(path)])
     assert free_memory(CPU) == free

@@ -135,7 +135,9 @@ def free_memory(device):
     try:
         files = (Path('/sys/fs/cgroup', name) for name in ('memory.max', 'memory.current'))
         limit, used = (int(file.read_text()) for file in files)
-        return min(free, limit - used)
+        stat = Path('/sys/fs/cgroup/memory.stat').read_text().split()
+        # of what is used, the kernel gives back copies of files, as of packages just installed
+        return min(free, limit - used + int(stat[stat.index('inactive_file') + 1]))
     except (OSError, ValueError):  # no limit, or 'max'
         return free
 
