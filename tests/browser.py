@@ -54,7 +54,7 @@ def started(words, log, **kwargs):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                program.wait(10)
+                program.wait(60)
 
 
 def says(log, program, text):
@@ -97,7 +97,7 @@ def images(page, url):
     open_tab(page, url, 'images', 'tf-image-loader img')
     page.locator('tf-image-dashboard tf-tag-filterer input').fill('.')
     cards, seen = page.locator('tf-image-loader', has=page.locator('img')), {}
-    until(cards.count, len(IMAGES))
+    until(lambda: {card.evaluate('card => card.tag') for card in cards.all()}, IMAGES)
     for card in cards.all():
         img = card.locator('img')
         until(lambda img=img: img.evaluate('img => img.complete'), True)

@@ -20,8 +20,6 @@ gr = pytest.importorskip('gradio', reason='Gradio is not installed: requirements
 import app  # noqa: E402
 import predict  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -41,7 +39,7 @@ def home(tmp_path_factory):
 def server(home):
     """The port of a running app.py, which leaves nothing behind when it is stopped."""
     port, log = free_port(), home / 'app.log'
-    words = [sys.executable, ROOT / 'app.py', '--port', str(port), '--device', 'cpu']
+    words = [sys.executable, helpers.ROOT / 'app.py', '--port', str(port), '--device', 'cpu']
     with started(words, log, cwd=home, env=os.environ | dict(TMPDIR=str(home / 'tmp'))) as program:
         says(log, program, f'http://localhost:{port}')
         yield port
@@ -117,6 +115,19 @@ def colorize(home, photo, *flags):
 
 
 @needs_browser
+def test_nothing_is_kept_of_a_closed_page(window, home, drawings):
+    page, before = window(), tree(home / 'tmp')
+    drop(page, drawings / 'field/field_001.jpg')
+    for saturation in 0.5, 1.5:
+        set_slider(page, 'saturation', saturation)
+    made = tree(home / 'tmp') - before
+    result = ['color.jpg', 'field_001_colorized.jpg', 'gray.jpg']  # two: one may be loading
+    assert sorted(path.name for path in made) == sorted(['field_001.jpg', *result, *result])
+    page.close()
+    assert not until(lambda: any(path.exists() for path in made), False)
+
+
+@needs_browser
 def test_a_drawing_is_colorized_as_predict_does(window, home, drawings, server):
     photo, page = home / 'a lake.jpg', window()
     shutil.copy(drawings / 'lake/lake_002.jpg', photo)
@@ -157,19 +168,6 @@ def test_several_photos_are_one_archive(window, home, drawings):
     assert found == dict(colorize(home, photo) for photo in photos)
     assert page.locator('#others img').count() == 1
     assert page.inner_text('#message').startswith('notes.jpg: no photo that Pillow can read')
-
-
-@needs_browser
-def test_nothing_is_kept_of_a_closed_page(window, home, drawings):
-    page, before = window(), tree(home / 'tmp')
-    drop(page, drawings / 'field/field_001.jpg')
-    for saturation in 0.5, 1.5:
-        set_slider(page, 'saturation', saturation)
-    made = tree(home / 'tmp') - before
-    result = ['color.jpg', 'field_001_colorized.jpg', 'gray.jpg']  # two: one may be loading
-    assert sorted(path.name for path in made) == sorted(['field_001.jpg', *result, *result])
-    page.close()
-    assert not until(lambda: any(path.exists() for path in made), False)
 
 
 def test_only_this_machine_is_listened_to(server):

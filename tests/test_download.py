@@ -106,7 +106,7 @@ def start(project, server, tmp_path):
         )
         running = subprocess.Popen(
             [project / 'download_landscapes.sh', *flags],
-            env=env | environment,
+            env=env | environment | dict(PYTHONDONTWRITEBYTECODE='1'),  # nothing in hook/
             cwd=tmp_path,
             text=True,
             stdout=subprocess.PIPE,
