@@ -251,7 +251,7 @@ def shrink(x, y, side, step, of_parts):
     """
     size = x.shape[-1]
     draw = random.Random(step)
-    part = draw.randint(side, size) if of_parts else size
+    part = draw.randint(size // 2, size) if of_parts else size
     top, left = (draw.randint(0, size - part) for _ in range(2))
     square = top, left, part, part
     return [resized_crop(photos, *square, [side, side], antialias=False) for photos in (x, y)]
