@@ -247,7 +247,8 @@ def gray_and_color(photos):
 def shrink(x, y, side, step, of_parts):
     """Return photos (B, C, S, S) as (B, C, side, side): all of each or, with `of_parts`, a square.
 
-    The part comes from `step` alone, so that a resumed run and each process of several take it.
+    It has half the side or more, and comes from `step` alone, so that a resumed run and each
+    process of several take the same.
     """
     size = x.shape[-1]
     draw = random.Random(step)
