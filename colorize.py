@@ -252,7 +252,7 @@ def run(args, home, stop):
         steps=args.epochs * steps_per_epoch,
     )
     if folder:
-        report.print_skipped(photos, folder.path / 'skipped.txt')
+        report.print_skipped(photos, None if args.dry_run else folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
         page = open_page(args, folder, photos, state)
     if args.compile:

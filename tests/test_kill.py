@@ -140,7 +140,7 @@ def test_resume_goes_on_with_the_latest_run(train, tmp_path):
     # at the start, too, because a kill leaves no time to print it
     assert printed.startswith('runs/UNet is taken: this run is in runs/UNet_2; to go on with it, ')
     assert printed.endswith(' --name UNet_2 --resume\n')
-    assert 'going on in epoch 1 after step 1' in train('--epochs', 1, '--resume').out
+    assert 'going on in epoch 1 of 1 after step 1' in train('--epochs', 1, '--resume').out
     assert is_same(load(tmp_path / 'runs/UNet_2/unet.pth'), load(tmp_path / WEIGHTS))
     assert ((tmp_path / CHECKPOINT).read_bytes(), (tmp_path / WEIGHTS).read_bytes()) == first
 

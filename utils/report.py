@@ -42,12 +42,14 @@ def print_start(device, recipe, photos, path, progress):
             f'pixels, the others {size}×{size}, which takes longer'
         )
     if progress.epoch or progress.step:
-        print0(f'going on in epoch {progress.epoch + 1} after step {progress.step}')
+        epochs = recipe.steps // recipe.steps_per_epoch
+        after = f' after step {progress.step}' if progress.step else ''
+        print0(f'going on in epoch {progress.epoch + 1} of {epochs}{after}')
     print0(HEADER)
 
 
 def print_skipped(photos, path):
-    """Print which of the Photos are left out, and why, and list all of them in the file `path`."""
+    """Print which of the Photos are left out, and why; list all in the file `path`, if any."""
     # gray photos, of which there can be hundreds, come last
     skipped = sorted(photos.skipped.items(), key=lambda item: (item[1] == 'gray', item))
     lines = [f'{photos.names[index]!r}: {reason}' for index, reason in skipped]
@@ -55,10 +57,12 @@ def print_skipped(photos, path):
     for line in lines if len(lines) <= NAMED else lines[: len(lines) - gray][:NAMED]:
         print0(f'skipped {line}', file=sys.stderr)
     if lines:
-        with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
-            path.write_text('\n'.join(lines) + '\n', 'utf-8', 'surrogateescape')
-        count = f'{len(lines)} of {len(photos.names)} photos are left out'
-        print0(f'{count}, {gray} because they are gray; {path} names them')
+        count = f'{len(lines)} of {len(photos.names)} photos are left out, {gray} of them gray'
+        if path:
+            with contextlib.suppress(OSError):  # whether the disk can be written, saving will tell
+                path.write_text('\n'.join(lines) + '\n', 'utf-8', 'surrogateescape')
+            count += f'; {path} names them'
+        print0(count)
 
 
 def verdict(gain):
