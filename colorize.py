@@ -103,12 +103,11 @@ class Recipe:
         return squared_error + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
-        """Return the learning rate of the step (from 0): a linear warm-up, then half a cosine."""
+        """Return the learning rate of the step (from 0): a linear warm-up, then down to 0."""
         warm_up = math.ceil(WARM_UP * self.steps)
         if step < warm_up:
             return self.lr * (step + 1) / warm_up
-        done = (step - warm_up) / max(1, self.steps - warm_up)
-        return self.lr * (1 + math.cos(math.pi * min(1, done))) / 2
+        return self.lr * max(0, self.steps - step) / max(1, self.steps - warm_up)
 
     def get_side(self, step, size):
         """Return the side at which the step (from 0) sees photos of `size` pixels: small at first.

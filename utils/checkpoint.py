@@ -14,7 +14,7 @@ import torch
 from utils import distributed
 from utils.cli import UsageError
 
-VERSION = 6  # of checkpoints; others are refused
+VERSION = 7  # of checkpoints; others are refused
 
 
 def atomic_write(content, *paths, sync=True):

@@ -21,15 +21,15 @@ def orthogonalize(matrix):
 class Muon(torch.optim.Adam):
     """Train `params`, in the order of the layers, at the learning rate `lr` of Adam.
 
-    The gradient of a convolution, a matrix (out, 3 × 3 × in), is strong in few directions, common
-    to all photos, and weak in others, such as rare colors. Muon averages gradients, gives all
-    directions one strength, and steps as far as Adam does, times `scale` (0.2 in Liu et al. 2025,
-    arXiv:2502.16982). Adam trains biases, first and last layer, and all groups but the last.
+    The gradient of a convolution, a matrix (out, 3 × 3 × in), is strong in few directions, and weak
+    in others, such as rare colors. Muon averages gradients, gives all directions one strength, and
+    steps as far as Adam does, times `scale` (0.2: Liu et al. 2025, arXiv:2502.16982); weights
+    shrink by `lr` × `weight_decay`. Adam trains biases, first and last layer, and earlier groups.
     """
 
-    def __init__(self, params, lr=1e-3, momentum=0.95, scale=0.4, fused=True):
+    def __init__(self, params, lr=1e-3, momentum=0.95, scale=0.45, weight_decay=1.0, fused=True):
         super().__init__(params, lr, fused=fused)
-        self.momentum, self.scale = momentum, scale
+        self.momentum, self.scale, self.weight_decay = momentum, scale, weight_decay
         self.hidden = [w for w in self.param_groups[-1]['params'] if w.dim() > 1][1:-1]
 
     @torch.no_grad()
@@ -45,16 +45,16 @@ class Muon(torch.optim.Adam):
         """Take Muon's step of one convolution (out, in, 3, 3), by GradScaler in float16."""
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
-        momentum = state['momentum']
         scale, overflow = (getattr(self, name, None) for name in ('grad_scale', 'found_inf'))
         gradient = weight.grad if scale is None else weight.grad / scale
-        averaged = self.momentum * momentum + gradient
+        averaged = self.momentum * state['momentum'] + gradient
         update = (gradient + self.momentum * averaged).permute(0, 2, 3, 1)  # as it lies in memory
         update = orthogonalize(update.flatten(1)).view_as(update).permute(0, 3, 1, 2)
-        if overflow is not None:
-            averaged = torch.where(overflow > 0, momentum, averaged)
-            update = torch.where(overflow > 0, 0, update)
-        momentum.copy_(averaged)
-        state['step'] += 1 if overflow is None else 1 - overflow  # as Adam counts them
         size = self.scale * max(len(weight), weight[0].numel()) ** 0.5
-        weight.sub_(self.param_groups[-1]['lr'] * size * update)
+        update = size * update + self.weight_decay * weight
+        if overflow is not None:
+            averaged = torch.where(overflow > 0, state['momentum'], averaged)
+            update = torch.where(overflow > 0, 0, update)
+        state['momentum'].copy_(averaged)
+        state['step'] += 1 if overflow is None else 1 - overflow  # as Adam counts them
+        weight.sub_(self.param_groups[-1]['lr'] * update)
