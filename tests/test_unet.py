@@ -49,13 +49,10 @@ def test_channels_last_reaches_the_upsampling_s_backward_pass_and_changes_no_gra
     plain, net = unet.UNet(), unet.UNet()
     net.load_state_dict(plain.state_dict())
     net, whole = channels_last(net, torch.device('cpu')), []
+    last = dict(memory_format=torch.channels_last)
 
     def watch(module, inputs, output):
-        output.grad_fn.register_prehook(
-            lambda gradients: whole.append(
-                gradients[0].is_contiguous(memory_format=torch.channels_last)
-            )
-        )
+        output.grad_fn.register_prehook(lambda grads: whole.append(grads[0].is_contiguous(**last)))
 
     for block in net.upsample_block_1, net.upsample_block_2, net.upsample_block_3:
         block.upsample.register_forward_hook(watch)
