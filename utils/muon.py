@@ -36,12 +36,10 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self):
         """Take one step; then the gradients of the hidden convolutions are None."""
-        overflow = bool(getattr(self, 'found_inf', False))  # of GradScaler's in float16
         weights = [(w, group['lr']) for group in self.param_groups for w in group['params']]
         for weight, lr in [pair for pair in weights if pair[0].dim() > 1][1:-1]:
             if weight.grad is not None and weight.shape[1] > 1:
-                if not overflow:
-                    self.step_hidden(weight, lr, self.state[weight])
+                self.step_hidden(weight, lr, self.state[weight])
                 weight.grad = None  # Adam takes all that is left
         super().step()
 
@@ -49,11 +47,13 @@ class Muon(torch.optim.Adam):
         """Take Muon's step of one convolution (out, in, k, k)."""
         if not state:
             state.update(step=weight.new_zeros(()), momentum=torch.zeros_like(weight))
-        scale = getattr(self, 'grad_scale', None)  # of GradScaler's
-        gradient = weight.grad if scale is None else weight.grad / scale
-        momentum = state['momentum'].mul_(self.momentum).add_(gradient)
+        # of GradScaler's, in float16; an overflow is 1 on the device, for which no step may wait
+        scale, overflow = (getattr(self, name, None) for name in ('grad_scale', 'found_inf'))
+        learns = 1 if overflow is None else 1 - overflow
+        gradient = weight.grad if scale is None else (weight.grad / scale).nan_to_num(0, 0, 0)
+        momentum = state['momentum'].mul_(self.momentum**learns).add_(learns * gradient)
         update = (gradient + self.momentum * momentum).permute(0, 2, 3, 1)  # as it lies in memory
         update = orthogonalize(update.flatten(1)).view_as(update).permute(0, 3, 1, 2)
         size = self.scale * max(len(weight), weight[0].numel()) ** 0.5
-        weight.sub_(lr * (size * update + self.weight_decay * weight))
-        state['step'] += 1  # as Adam counts them
+        weight.sub_(learns * lr * (size * update + self.weight_decay * weight))
+        state['step'] += learns  # as Adam counts them
