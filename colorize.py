@@ -103,11 +103,11 @@ class Recipe:
         return squared_error + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
-        """Return the learning rate of the step (from 0): a linear warm-up, then down to 0."""
+        """Return the learning rate of the step (from 0): it rises in a line, and falls in one."""
         warm_up = math.ceil(WARM_UP * self.steps)
         if step < warm_up:
             return self.lr * (step + 1) / warm_up
-        return self.lr * max(0, self.steps - step) / max(1, self.steps - warm_up)
+        return self.lr * (self.steps - step) / (self.steps - warm_up)
 
     def get_side(self, step, size):
         """Return the side at which the step (from 0) sees photos of `size` pixels: small at first.

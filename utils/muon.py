@@ -25,8 +25,9 @@ class Muon(torch.optim.Adam):
 
     The gradient of a convolution, a matrix (out, k × k × in), is strong in few directions, and weak
     in others, such as rare colors. Muon averages gradients, gives all directions one strength, and
-    steps as far as Adam does, times `scale` (0.2: Liu et al. 2025, arXiv:2502.16982); weights
-    shrink by `lr` × `weight_decay`. Adam trains biases, norms, depthwise, first and last layers.
+    steps as far as Adam does, times `scale` (0.2: Liu et al. 2025, arXiv:2502.16982). For high
+    rates, weights shrink by `lr` × `weight_decay` (Loshchilov and Hutter 2019, arXiv:1711.05101).
+    Adam trains biases, norms, depthwise, first and last layers.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, scale=0.5, weight_decay=1.0, fused=True):
