@@ -49,7 +49,7 @@ FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight dem
 SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.85  # of all steps see photos at five eighths of their size
-# after which small steps see parts of the photos: whole ones, the network begins to know by heart
+# after which a network begins to know photos by heart: small steps then see parts of them
 WHOLE_EPOCHS = 4
 
 
@@ -94,7 +94,7 @@ class Recipe:
     colorfulness_weight: float = 0.0  # of dullness in what is minimized
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
     small_steps: float = 0.0  # the share of the steps, from the first, that see small photos
-    varies: bool = False  # the brightness, so that the network learns fewer photos by heart
+    varies: bool = False  # in brightness, for a network that soon knows photos by heart
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
 

@@ -246,7 +246,7 @@ def gray_and_color(photos):
 def shrink(x, y, side, step, of_parts):
     """Return photos (B, C, S, S) as (B, C, side, side): all of each or, with `of_parts`, a square.
 
-    It has half the side or more, by `step` alone: a resumed run and all processes take the same.
+    It has half the side or more. `step` alone decides, so that each process takes the same.
     """
     size = x.shape[-1]
     draw = random.Random(step)
