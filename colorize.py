@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from data_utils import batches, brighten, fingerprint, gray_and_color, read_photos, shrink, split
+from data_utils import batches, fingerprint, gray_and_color, read_photos, shrink, split
 from demo_landscapes import draw_landscapes
 from pretrained_unet import PretrainedUNet
 from unet import UNet
@@ -49,7 +49,7 @@ FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight dem
 SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.85  # of all steps see photos at five eighths of their size
-# after which a network begins to know photos by heart: small steps then see parts of them
+# after which small steps see parts of the photos: whole ones, the network begins to know by heart
 WHOLE_EPOCHS = 4
 
 
@@ -87,14 +87,14 @@ def parse_args(argv):
 class Recipe:
     """How steps are taken. The defaults are the course's: squared error, the optimizer's own rate.
 
-    Rate and size follow from these fields and the step, so that no checkpoint holds them.
+    Rate and size of the photos follow from these fields and the step's number, so that no
+    checkpoint needs to hold them.
     """
 
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0  # of dullness in what is minimized
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
     small_steps: float = 0.0  # the share of the steps, from the first, that see small photos
-    varies: bool = False  # in brightness, for a network that soon knows photos by heart
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
 
@@ -112,8 +112,9 @@ class Recipe:
     def get_side(self, step, size):
         """Return the side at which the step (from 0) sees photos of `size` pixels: small at first.
 
-        Five eighths cost two fifths, and what they teach holds at full size: photos, not drawings,
-        look alike at all scales (progressive resizing; Tan and Le 2021, arXiv:2104.00298).
+        Five eighths cost two fifths, and what they teach holds at full size, too (progressive
+        resizing; Tan and Le 2021, arXiv:2104.00298): photos look alike at all scales. Drawings do
+        not.
         """
         # the first step is not small, so that a lack of memory shows at once
         is_small = 0 < step < self.small_steps * self.steps
@@ -139,7 +140,8 @@ def train(net, optimizer, loader, epochs=5, writer=None):
 def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):  # noqa: B008
     """Train on all of `loader`, an epoch from `progress.step` on; return the epoch's mean loss.
 
-    Raises Stopped if `stop` asks for it, FloatingPointError if the loss or a weight is not finite.
+    Raises Stopped if `stop` asks for it, FloatingPointError if the loss or a weight is no longer
+    finite.
     """
     device = next(model.parameters()).device
     exact = torch.float32 if device.type == 'mps' else torch.float64  # an Apple GPU has no more
@@ -161,8 +163,6 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         size = x.shape[-1]
         if (side := recipe.get_side(step, size)) < size:
             x, y = shrink(x, y, side, step, of_parts=progress.epoch >= WHOLE_EPOCHS)
-        if recipe.varies:
-            x, y = brighten(y, step)
         loss_sum += train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
         progress.step += 1
         progress.seen += len(x)
@@ -247,7 +247,6 @@ def run(args, home, stop):
         args.colorfulness_weight,
         args.lr,
         small_steps=0.0 if args.demo else SMALL_STEPS,
-        varies=args.network == 'pretrained' and not args.demo and args.epochs > WHOLE_EPOCHS,
         steps_per_epoch=steps_per_epoch,
         steps=args.epochs * steps_per_epoch,
     )

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import ImageFolder
 from torchvision.transforms import Compose, Grayscale, Normalize, Resize, ToTensor
-from torchvision.transforms.functional import adjust_gamma, resized_crop
+from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
 
 from utils import distributed
@@ -216,8 +216,9 @@ def batches(photos, indices, batch_size, device, seed=None, epoch=0, first_step=
     its share, which may be empty.
     """
     # one copy for all batches: each copy to a GPU waits for the work queued there
-    drawn = order_and_flips(indices, seed, epoch)
-    order, flips = (values.to(photos.pixels.device) for values in drawn)
+    order, flips = (
+        values.to(photos.pixels.device) for values in order_and_flips(indices, seed, epoch)
+    )
     for start in range(first_step * batch_size, len(order), batch_size):
         share = slice(start + distributed.rank, start + batch_size, distributed.world_size)
         pixels = to_device(photos.pixels[order[share]], device)
@@ -246,7 +247,8 @@ def gray_and_color(photos):
 def shrink(x, y, side, step, of_parts):
     """Return photos (B, C, S, S) as (B, C, side, side): all of each or, with `of_parts`, a square.
 
-    It has half the side or more. `step` alone decides, so that each process takes the same.
+    It has half the side or more, and comes from `step` alone, so that a resumed run and each
+    process of several take the same.
     """
     size = x.shape[-1]
     draw = random.Random(step)
@@ -254,10 +256,3 @@ def shrink(x, y, side, step, of_parts):
     top, left = (draw.randint(0, size - part) for _ in range(2))
     square = top, left, part, part
     return [resized_crop(photos, *square, [side, side], antialias=False) for photos in (x, y)]
-
-
-def brighten(y, step):
-    """Return x and y of color photos (B, 3, S, S) in [0, 1], brighter or darker by `step` alone."""
-    draw = random.Random(f'brightness {step}')
-    y = adjust_gamma(y, 2 ** draw.uniform(-0.5, 0.5), gain=draw.uniform(0.75, 1))
-    return luminance(y) * 2 - 1, y

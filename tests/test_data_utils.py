@@ -14,7 +14,6 @@ import data_utils
 from data_utils import (
     ImageFolderGrayColor,
     batches,
-    brighten,
     fingerprint,
     get_colorized_dataset_loader,
     is_held_out,
@@ -186,14 +185,3 @@ def test_parts_come_from_the_step_alone_and_from_every_place():
         assert (side.round().min(), side.round().max()) == (half, size)
         assert start.round().min() == 0 and (start + side).round().max() == size
         assert (start > 0.5).float().mean() > 0.5
-
-
-def test_photos_get_brighter_and_darker_by_the_step_alone():
-    tones = torch.tensor([1, 0.5]).expand(2, 3, 1, 2)  # become gain, and gain / 2**gamma
-    x, y = map(torch.stack, zip(*(brighten(tones, step) for step in range(200)), strict=True))
-    gain, half = y[:, 0, 0, 0].T
-    gamma = (gain / half).log2()
-    assert 0.75 < gain.min() < 0.76 and 0.99 < gain.max() < 1
-    assert 0.5**0.5 < gamma.min() < 0.72 and 1.4 < gamma.max() < 2**0.5
-    torch.testing.assert_close(x, 2 * y[:, :, :1] - 1)
-    assert torch.equal(brighten(tones, 7)[1], y[7])
