@@ -176,9 +176,9 @@ def colorize_file(path, result, net, size=None, saturation=1.0, compare=False, o
 
 
 def load_network(path):
-    """Return the network whose weights are in a file. Raises UsageError (see load_weights)."""
+    """Return the network whose weights are in a file, for use. Raises UsageError (load_weights)."""
     state = load_tensors(path) if os.path.exists(path) else {}
-    return load_weights(PretrainedUNet() if 'middle_conv.weight' in state else UNet(), path)
+    return load_weights(PretrainedUNet() if 'middle_conv.weight' in state else UNet(), path).eval()
 
 
 def find_results(paths, output):

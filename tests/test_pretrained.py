@@ -1,12 +1,15 @@
 """The pretrained network: its encoder is EfficientNet-Lite0, and a run works with it."""
 
 import importlib.util
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import CHECKPOINT, WEIGHTS, call, is_same, load, signal_after
 from pages import from_page
 
+import colorize
+import data_utils
 import predict
 import pretrained_unet
 from predict import load_network
@@ -31,6 +34,16 @@ def test_it_begins_with_predicting_the_gray_photo(size):
     assert sum(weight.numel() for weight in net.parameters()) == 3_851_875
 
 
+def test_a_mirror_image_gets_the_mirror_image_of_the_colors():
+    x, net = torch.rand(2, 1, 40, 24) * 2 - 1, PretrainedUNet()
+    torch.nn.init.normal_(net.last_conv.weight)
+    once, mirrored = net(x), net(x.flip(3)).flip(3)
+    assert (once - mirrored).abs().max() > 0.01
+    net.eval()
+    torch.testing.assert_close(net(x), (once + mirrored) / 2)
+    torch.testing.assert_close(net(x.flip(3)).flip(3), net(x))
+
+
 @needs_weights
 def test_the_encoder_computes_what_the_reference_does():
     x = torch.linspace(-1, 1, 64 * 64).view(1, 1, 64, 64)
@@ -52,17 +65,23 @@ def test_batch_normalization_stays_as_it_is_and_the_encoder_learns_slower():
 
 
 @needs_weights
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_path):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_path, monkeypatch):
     whole = tmp_path / 'whole'
     whole.mkdir()
-    assert call(whole, '--data_path', drawings, *FLAGS) == 0
+    with patch.object(data_utils, 'vary') as vary:
+        train(*FLAGS, '--dry_run')
+    vary.assert_not_called()  # of few steps, none sees varied photos
+    monkeypatch.setattr(colorize, 'VARIED_STEPS', 5)
+    with patch.object(data_utils, 'vary', wraps=data_utils.vary) as vary:
+        assert call(whole, '--data_path', drawings, *FLAGS) == 0
+    assert vary.call_count == 6
     with signal_after(2):
         train(*FLAGS, code=143)
     assert 'For better colors' not in train(*FLAGS, '--resume').out
     for name in CHECKPOINT, WEIGHTS:
         assert is_same(load(tmp_path / name), load(whole / name))
     net = load_network(tmp_path / 'unet.pth')
-    assert isinstance(net, PretrainedUNet) and net.image_size == 32
+    assert isinstance(net, PretrainedUNet) and net.image_size == 32 and not net.training
     assert call(tmp_path, drawings / 'lake', '--device', 'cpu', program=predict) == 0
     refused = train('--resume', code=2).err
     assert f'{CHECKPOINT} was trained with --network pretrained, not unet' in refused
