@@ -101,13 +101,9 @@ class Scene:
 
     def peaks(self, y, height, haze):
         """Lay bare ridges with snow on top, lit from the left."""
-        edge = y + sum(
-            np.interp(X[0], np.linspace(0, W, n), self.rng.uniform(-1, 1, n))
-            * height
-            * 2.6
-            / n**0.8
-            for n in (5, 11, 23, 47)
-        )
+        corners = 5, 11, 23, 47
+        edges = (np.interp(X[0], np.linspace(0, W, n), self.rng.uniform(-1, 1, n)) for n in corners)
+        edge = y + sum(e * height * 2.6 / n**0.8 for e, n in zip(edges, corners, strict=True))
         rock = noise(self.rng, 4, 9, 4) * 34 + edge
         facets = np.clip((rock - np.roll(rock, -4, 1)) / 20, -0.36, 0.36)
         self.lay(Y > edge, ROCK, facets, haze)
@@ -118,9 +114,8 @@ class Scene:
         """Draw cones or round crowns, rooted at the line (W,) or up to spread pixels below it."""
         shapes, draw = (CONE, self.draw.polygon) if pine else (CROWN, self.draw.ellipse)
         bark = tuple(self.lit((0.3, 0.2, 0.1), haze))
-        for y, x in sorted(
-            (line[x] + self.rng.uniform(0, spread), x) for x in self.rng.integers(0, W, count)
-        ):
+        columns = self.rng.integers(0, W, count)
+        for y, x in sorted((line[x] + self.rng.uniform(0, spread), x) for x in columns):
             s, tone = size * self.rng.uniform(0.7, 1.2), self.vary(PINE if pine else LEAF)
             self.draw.line((x, y, x, y - s / 2), bark, 3)
             inks = self.lit(np.outer([shape[0] for shape in shapes], tone), haze)
@@ -136,9 +131,8 @@ class Scene:
         sea += (np.asarray(self.image)[above, X[0].astype(int)] - sea) * mirror
         glint = np.exp(-abs(X - self.sun_x) / 16) * np.clip(ripple + 0.2, 0, 1)
         sea += (self.sun * 255 - sea) * np.clip(glint, 0, 0.8)[..., None]
-        self.image.paste(
-            Image.fromarray(np.uint8(np.clip(sea, 0, 255))), mask=Image.fromarray(Y > y)
-        )
+        paint = Image.fromarray(np.uint8(np.clip(sea, 0, 255)))
+        self.image.paste(paint, mask=Image.fromarray(Y > y))
 
     def houses(self, foot, tall, haze):
         """Draw a row of houses with window grids, standing on foot (pixels from the top)."""

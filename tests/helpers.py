@@ -21,15 +21,7 @@ from utils.color import GAIN, OBJECTIVE, VIVIDNESS
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, WEIGHTS = 'runs/UNet/checkpoint.pth', 'runs/UNet/unet.pth'
-TAGS = {
-    GAIN,
-    OBJECTIVE,
-    VIVIDNESS,
-    'training loss',
-    'validation loss',
-    'learning rate',
-    'photos per second',
-}
+TAGS = {GAIN, OBJECTIVE, VIVIDNESS, 'training loss', 'validation loss', 'learning rate'}
 IMAGES = {'Input', 'Predicted', 'Ground truth', 'Colorized'}
 # a run that takes seconds: of the 56 drawings, 43 are to train on
 EPOCHS, STEPS = 4, 3
