@@ -108,6 +108,7 @@ class PretrainedUNet(nn.Module):
         return (self.predict(x) + self.predict(x.flip(3)).flip(3)) / 2
 
     def predict(self, x):
+        """Return the colors that the photo alone gets, without its mirror image."""
         skips = [x, *self.encode(x)]
         y = F.relu(self.middle_conv(skips.pop()))
         for conv_block in self.decoder:
