@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from data_utils import batches, fingerprint, gray_and_color, read_photos, shrink, split
+from data_utils import augment, batches, fingerprint, gray_and_color, read_photos, split
 from demo_landscapes import draw_landscapes
 from pretrained_unet import PretrainedUNet
 from unet import UNet
@@ -49,8 +49,6 @@ FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight dem
 SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.85  # of all steps see photos at five eighths of their size
-# after which small steps see parts of the photos: whole ones, the network begins to know by heart
-WHOLE_EPOCHS = 4
 
 
 def parse_args(argv):
@@ -87,8 +85,7 @@ def parse_args(argv):
 class Recipe:
     """How steps are taken. The defaults are the course's: squared error, the optimizer's own rate.
 
-    Rate and size of the photos follow from these fields and the step's number, so that no
-    checkpoint needs to hold them.
+    Rate and size follow from these fields and the step's number, so that no checkpoint holds them.
     """
 
     precision: Precision = Precision()
@@ -112,9 +109,8 @@ class Recipe:
     def get_side(self, step, size):
         """Return the side at which the step (from 0) sees photos of `size` pixels: small at first.
 
-        Five eighths cost two fifths, and what they teach holds at full size, too (progressive
-        resizing; Tan and Le 2021, arXiv:2104.00298): photos look alike at all scales. Drawings do
-        not.
+        Five eighths cost two fifths, and what they teach holds at full size: photos, not drawings,
+        look alike at all scales (progressive resizing; Tan and Le 2021, arXiv:2104.00298).
         """
         # the first step is not small, so that a lack of memory shows at once
         is_small = 0 < step < self.small_steps * self.steps
@@ -140,8 +136,7 @@ def train(net, optimizer, loader, epochs=5, writer=None):
 def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):  # noqa: B008
     """Train on all of `loader`, an epoch from `progress.step` on; return the epoch's mean loss.
 
-    Raises Stopped if `stop` asks for it, FloatingPointError if the loss or a weight is no longer
-    finite.
+    Raises Stopped if `stop` asks for it, FloatingPointError if the loss or a weight is not finite.
     """
     device = next(model.parameters()).device
     exact = torch.float32 if device.type == 'mps' else torch.float64  # an Apple GPU has no more
@@ -160,9 +155,8 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
         if recipe.lr:
             for group in optimizer.param_groups:
                 group['lr'] = recipe.get_lr(step) * group.get('rate', 1)
-        size = x.shape[-1]
-        if (side := recipe.get_side(step, size)) < size:
-            x, y = shrink(x, y, side, step, of_parts=progress.epoch >= WHOLE_EPOCHS)
+        if recipe.small_steps:
+            x, y = augment(x, y, recipe.get_side(step, x.shape[-1]), progress.epoch, step)
         loss_sum += train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
         progress.step += 1
         progress.seen += len(x)

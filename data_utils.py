@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import ImageFolder
 from torchvision.transforms import Compose, Grayscale, Normalize, Resize, ToTensor
-from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
 
 from utils import distributed
@@ -106,14 +106,12 @@ def read_photos(root, names, val_fraction, size, device):
         reasons = {}
         for index in indices:
             try:
-                photo = squash(load_photo(os.path.join(root, names[index]), size), size)
+                pixels[index] = squash(load_photo(os.path.join(root, names[index]), size), size)
             except OSError as error:
                 reasons[index] = str(error)
                 continue
-            if is_gray(photo):
+            if is_gray(pixels[index]):
                 reasons[index] = 'gray'
-            else:
-                pixels[index] = photo
         return reasons
 
     share = range(distributed.local_rank, len(names), distributed.local_world_size)
@@ -216,9 +214,8 @@ def batches(photos, indices, batch_size, device, seed=None, epoch=0, first_step=
     its share, which may be empty.
     """
     # one copy for all batches: each copy to a GPU waits for the work queued there
-    order, flips = (
-        values.to(photos.pixels.device) for values in order_and_flips(indices, seed, epoch)
-    )
+    drawn = order_and_flips(indices, seed, epoch)
+    order, flips = (values.to(photos.pixels.device) for values in drawn)
     for start in range(first_step * batch_size, len(order), batch_size):
         share = slice(start + distributed.rank, start + batch_size, distributed.world_size)
         pixels = to_device(photos.pixels[order[share]], device)
@@ -244,15 +241,32 @@ def gray_and_color(photos):
     return luminance(y) * 2 - 1, y
 
 
-def shrink(x, y, side, step, of_parts):
-    """Return photos (B, C, S, S) as (B, C, side, side): all of each or, with `of_parts`, a square.
+def augment(x, y, side, epoch, step):
+    """Return photos (B, C, S, S) as the step of the epoch (from 0) sees them: (B, C, side, side).
 
-    It has half the side or more, and comes from `step` alone, so that a resumed run and each
-    process of several take the same.
+    What a network sees again and again, it learns by heart. So after four epochs small steps see
+    parts of the photos; after twenty, all steps do, and in another light. Each comes from `step`
+    alone, so that a resumed run and each process of several see the same.
     """
-    size = x.shape[-1]
-    draw = random.Random(step)
-    part = draw.randint(size // 2, size) if of_parts else size
+    if epoch >= 20:
+        return relight(shrink(y, side, step, smallest=0.3), step)
+    if side < x.shape[-1]:
+        x, y = (shrink(z, side, step, smallest=0.5 if epoch >= 4 else 1.0) for z in (x, y))
+    return x, y
+
+
+def shrink(photos, side, step, smallest):
+    """Return a square of photos (B, C, S, S), of `smallest` * S or more, as (B, C, side, side)."""
+    size, draw = photos.shape[-1], random.Random(step)
+    part = draw.randint(int(smallest * size), size)
     top, left = (draw.randint(0, size - part) for _ in range(2))
-    square = top, left, part, part
-    return [resized_crop(photos, *square, [side, side], antialias=False) for photos in (x, y)]
+    return TF.resized_crop(photos, top, left, part, part, [side, side], antialias=False)
+
+
+def relight(y, step):
+    """Return x and y of the photos y with another gamma, contrast and brightness."""
+    draw = random.Random(f'light {step}')
+    y = TF.adjust_gamma(y, 2 ** draw.uniform(-0.5, 0.5))
+    y = TF.adjust_contrast(y, draw.uniform(0.75, 1.25))
+    y = TF.adjust_brightness(y, draw.uniform(0.75, 1.25))
+    return luminance(y) * 2 - 1, y

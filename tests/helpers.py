@@ -31,9 +31,6 @@ FLAGS = '--epochs 4 --image_size 16 --batch_size 16 --val_fraction 0.25 --device
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# ---------------------------------------------------------------------------- runs in this process
-
-
 def call(folder, *flags, program=colorize):
     """Return the exit code of `colorize.py flags...`, called in this process, in `folder`."""
     words = [str(flag) for flag in flags]
@@ -74,8 +71,6 @@ def signal_after(steps, number=signal.SIGTERM):
         patch.setattr(colorize, 'train_step', note)
         yield made
 
-
-# ---------------------------------------------------------------------------- runs of their own
 
 # small networks only wait for each other's threads
 ENVIRONMENT = dict(OMP_NUM_THREADS='1') | os.environ | dict(PYTHONPATH=str(ROOT))
@@ -146,9 +141,6 @@ def in_a_child(function):
     if not child:
         os._exit(function())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-# ---------------------------------------------------------------------------- what a run leaves
 
 
 def events(folder):

@@ -13,16 +13,19 @@ from torchvision.transforms import Compose, Grayscale, Normalize, Resize, ToTens
 import data_utils
 from data_utils import (
     ImageFolderGrayColor,
+    augment,
     batches,
     fingerprint,
     get_colorized_dataset_loader,
     is_held_out,
     read_photos,
+    relight,
     shrink,
     split,
 )
 from utils import distributed
 from utils.cli import UsageError
+from utils.color import luminance
 from utils.photos import list_photos
 
 CPU = torch.device('cpu')
@@ -161,27 +164,53 @@ def test_processes_share_each_batch(drawings, monkeypatch, world_size):
 
 def test_small_photos_are_the_means_of_two_by_two_pixels():
     y = torch.rand(2, 3, 16, 16)
-    x, small = shrink(y[:, 2:], y, 8, step=1, of_parts=False)
+    x, small = augment(y[:, 2:], y, 8, epoch=3, step=1)
     torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(y, 2))
     assert torch.equal(x, small[:, 2:])
 
 
-def test_parts_come_from_the_step_alone_and_from_every_place():
-    size, half = 32, 16
+def test_photos_seen_often_are_changed():
+    y = torch.rand(4, 3, 16, 16)
+    x = luminance(y) * 2 - 1
+    for epoch, side, smallest in (0, 16, 1), (19, 16, 1), (3, 8, 1), (4, 8, 0.5), (19, 8, 0.5):
+        expected = [shrink(z, side, 7, smallest) for z in (x, y)]
+        torch.testing.assert_close(augment(x, y, side, epoch, 7), tuple(expected))
+    for side in 8, 16:
+        gray, color = augment(x, y, side, epoch=20, step=7)
+        torch.testing.assert_close(color, relight(shrink(y, side, 7, 0.3), 7)[1])
+        torch.testing.assert_close(gray, luminance(color) * 2 - 1)
+        # a process of several sees the same, also if it has none of the photos
+        for share in slice(1, None, 2), slice(4, None):
+            torch.testing.assert_close(augment(x[share], y[share], side, 20, 7)[1], color[share])
+
+
+def test_each_step_has_a_light_of_its_own():
+    y = torch.tensor([[0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.5, 0.25, 0.25]])[..., None, None]
+    x, colors = zip(*(relight(y, step) for step in range(200)), strict=True)
+    assert torch.equal(torch.cat(x), luminance(torch.cat(colors)) * 2 - 1)
+    dark, bright, red = torch.stack(colors)[..., 0, 0].unbind(1)  # each (steps, 3)
+    gamma = (bright[:, 0] / dark[:, 0]).log2()
+    brightness = bright[:, 0] / 0.5**gamma
+    contrast = (red[:, 0] - red[:, 1]) / (bright[:, 0] - dark[:, 0])
+    for light in gamma.log2() / 2, (brightness - 1), (contrast - 1):
+        assert -0.25 <= light.min() < -0.23 and 0.23 < light.max() <= 0.25
+    assert torch.stack([gamma, brightness, contrast]).corrcoef().triu(1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize('smallest, least', [(0.5, 16), (0.3, 9)])
+def test_parts_come_from_the_step_alone_and_from_every_place(smallest, least):
+    size, count = 32, 8
     rows = torch.arange(size, dtype=torch.float32)[:, None].expand(size, size)
     y = torch.stack([rows, rows.T])[None]  # each pixel tells its place
-    small, again = (
-        torch.cat([shrink(y[:, :1], y, half, step, of_parts=True)[1] for step in range(1, 150)])
-        for _ in range(2)
-    )
-    assert torch.equal(small, again)
-    for places in small[:, 0, :, 0], small[:, 1, 0]:  # down and across: (steps, half)
+    small = torch.cat([shrink(y, count, step, smallest) for step in range(150)])
+    assert torch.equal(small[99:100], shrink(y, count, 99, smallest))
+    for places in small[:, 0, :, 0], small[:, 1, 0]:  # down and across: (steps, count)
         # a part begins at `start`; pixel k of the small photo is in the middle of its share of it
-        side = (places[:, -1:] - places[:, :1]) * half / (half - 1)
-        start = places[:, :1] - (side / half - 1) / 2
-        expected = start + (torch.arange(half) + 0.5) * side / half - 0.5
+        side = (places[:, -1:] - places[:, :1]) * count / (count - 1)
+        start = places[:, :1] - (side / count - 1) / 2
+        expected = start + (torch.arange(count) + 0.5) * side / count - 0.5
         torch.testing.assert_close(places, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close((start, side), (start.round(), side.round()), rtol=0, atol=1e-3)
-        assert (side.round().min(), side.round().max()) == (half, size)
+        assert (side.round().min(), side.round().max()) == (least, size)
         assert start.round().min() == 0 and (start + side).round().max() == size
         assert (start > 0.5).float().mean() > 0.5

@@ -41,8 +41,6 @@ def whole(drawings, tmp_path_factory):
     return folder, made
 
 
-# ---------------------------------------------------------------------------- killed
-
 # calls colorize.main in a child process for each moment, at which it gets a signal, twice
 KILLED = """
 import os, signal, sys

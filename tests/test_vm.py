@@ -173,8 +173,6 @@ def laptop(sshd, tmp_path):
     return laptop
 
 
-# ---------------------------------------------------------------------------- the stops of the tour
-
 CD = from_page('cd colorize')
 
 

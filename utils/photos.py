@@ -79,9 +79,8 @@ def walk(root):
 def open_photo(path, size=None):
     """Give the photo in the file `path`, decoded and turned as its EXIF says.
 
-    With `size`, it may be a smaller version, neither side below 2 * `size` pixels: large JPEGs
-    are read much faster. Raises OSError, whatever is wrong with the file, also in what is done with
-    the photo inside.
+    With `size`, large JPEGs are read much faster, as smaller versions: no side is below 2 * `size`
+    pixels. Raises OSError, whatever is wrong with the file, also in what is done with it inside.
     """
     try:
         with Image.open(path, formats=FORMATS) as photo:
