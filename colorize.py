@@ -85,13 +85,13 @@ def parse_args(argv):
 class Recipe:
     """How steps are taken. The defaults are the course's: squared error, the optimizer's own rate.
 
-    Rate and size follow from these fields and the step's number, so that no checkpoint holds them.
+    Rate and size follow from these fields and the step's number: no checkpoint holds them.
     """
 
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0  # of dullness in what is minimized
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
-    small_steps: float = 0.0  # the share of the steps, from the first, that see small photos
+    small_steps: float = 0.0  # share of the steps, from the first; 0 sees all photos as they are
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
 

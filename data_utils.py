@@ -107,11 +107,10 @@ def read_photos(root, names, val_fraction, size, device):
         for index in indices:
             try:
                 pixels[index] = squash(load_photo(os.path.join(root, names[index]), size), size)
+                if is_gray(pixels[index]):
+                    reasons[index] = 'gray'
             except OSError as error:
                 reasons[index] = str(error)
-                continue
-            if is_gray(pixels[index]):
-                reasons[index] = 'gray'
         return reasons
 
     share = range(distributed.local_rank, len(names), distributed.local_world_size)
@@ -242,29 +241,30 @@ def gray_and_color(photos):
 
 
 def augment(x, y, side, epoch, step):
-    """Return photos (B, C, S, S) as the step of the epoch (from 0) sees them: (B, C, side, side).
+    """Return photos (B, C, S, S) as (B, C, side, side): as `step` of the run sees them, in `epoch`.
 
-    What a network sees again and again, it learns by heart. So after four epochs small steps see
-    parts of the photos; after twenty, all steps do, and in another light. Each comes from `step`
-    alone, so that a resumed run and each process of several see the same.
+    What it sees often, a network learns by heart. So from the fifth epoch on (4; the first is 0),
+    small steps see parts of the photos; from the 21st on, all steps do, in another light. Part and
+    light come from `step` alone, so that a resumed run and each process of several see the same.
     """
     if epoch >= 20:
-        return relight(shrink(y, side, step, smallest=0.3), step)
+        return relight(crop(y, side, step, smallest=0.3), step)
     if side < x.shape[-1]:
-        x, y = (shrink(z, side, step, smallest=0.5 if epoch >= 4 else 1.0) for z in (x, y))
+        x, y = (crop(z, side, step, smallest=0.5 if epoch >= 4 else 1.0) for z in (x, y))
     return x, y
 
 
-def shrink(photos, side, step, smallest):
-    """Return a square of photos (B, C, S, S), of `smallest` * S or more, as (B, C, side, side)."""
+def crop(photos, side, step, smallest):
+    """Return a square of photos (B, C, S, S), of `smallest` * S to S pixels, at side × side."""
     size, draw = photos.shape[-1], random.Random(step)
     part = draw.randint(int(smallest * size), size)
     top, left = (draw.randint(0, size - part) for _ in range(2))
-    return TF.resized_crop(photos, top, left, part, part, [side, side], antialias=False)
+    square = TF.resized_crop(photos, top, left, part, part, [side, side], antialias=False)
+    return square.contiguous()  # else one that fits already is a view, for which Dynamo compiles
 
 
 def relight(y, step):
-    """Return x and y of the photos y with another gamma, contrast and brightness."""
+    """Return x and y of the photos y with the gamma, contrast and brightness of the step."""
     draw = random.Random(f'light {step}')
     y = TF.adjust_gamma(y, 2 ** draw.uniform(-0.5, 0.5))
     y = TF.adjust_contrast(y, draw.uniform(0.75, 1.25))

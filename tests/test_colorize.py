@@ -21,6 +21,7 @@ import colorize
 import predict
 from benchmarks.reference import UNet as TemplateUNet
 from colorize import Recipe
+from data_utils import augment
 from unet import UNet
 from utils.checkpoint import Progress, load_weights
 from utils.color import GAIN, OBJECTIVE, luminance
@@ -81,6 +82,18 @@ def test_a_stop_finishes_the_step_and_tells_the_place():
     with pytest.raises(Stopped):
         colorize.train_epoch(net, adam(net), loader(), progress, stop=stop)
     assert (progress.epoch, progress.step, progress.seen) == (0, 2, 8)
+
+
+@pytest.mark.parametrize('share', [0.0, 1.0])
+def test_a_step_sees_photos_augmented_and_a_student_s_batches_as_they_are(monkeypatch, share):
+    seen, net, loader = [], UNet(), batches()
+    keep = lambda *given: seen.append(given[2:4]) or torch.tensor(0.0)  # noqa: E731
+    monkeypatch.setattr(colorize, 'train_step', keep)
+    recipe = Recipe(small_steps=share, steps_per_epoch=3, steps=90)
+    colorize.train_epoch(net, adam(net), loader, Progress(epoch=20), recipe)
+    for step, (batch, xy) in enumerate(zip(loader, seen, strict=True), 60):
+        expected = augment(*batch, 8, 20, step) if share else batch
+        torch.testing.assert_close(xy, tuple(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('name', ['bf16', 'fp16'])

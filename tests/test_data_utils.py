@@ -15,12 +15,12 @@ from data_utils import (
     ImageFolderGrayColor,
     augment,
     batches,
+    crop,
     fingerprint,
     get_colorized_dataset_loader,
     is_held_out,
     read_photos,
     relight,
-    shrink,
     split,
 )
 from utils import distributed
@@ -173,11 +173,11 @@ def test_photos_seen_often_are_changed():
     y = torch.rand(4, 3, 16, 16)
     x = luminance(y) * 2 - 1
     for epoch, side, smallest in (0, 16, 1), (19, 16, 1), (3, 8, 1), (4, 8, 0.5), (19, 8, 0.5):
-        expected = [shrink(z, side, 7, smallest) for z in (x, y)]
+        expected = [crop(z, side, 7, smallest) for z in (x, y)]
         torch.testing.assert_close(augment(x, y, side, epoch, 7), tuple(expected))
     for side in 8, 16:
         gray, color = augment(x, y, side, epoch=20, step=7)
-        torch.testing.assert_close(color, relight(shrink(y, side, 7, 0.3), 7)[1])
+        torch.testing.assert_close(color, relight(crop(y, side, 7, 0.3), 7)[1])
         torch.testing.assert_close(gray, luminance(color) * 2 - 1)
         # a process of several sees the same, also if it has none of the photos
         for share in slice(1, None, 2), slice(4, None):
@@ -185,14 +185,16 @@ def test_photos_seen_often_are_changed():
 
 
 def test_each_step_has_a_light_of_its_own():
-    y = torch.tensor([[0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.5, 0.25, 0.25]])[..., None, None]
+    y = torch.tensor([[0.25, 0.25], [0.5, 0.5], [0.25, 0.5]])[:, None, None].expand(-1, 3, -1, -1)
     x, colors = zip(*(relight(y, step) for step in range(200)), strict=True)
     assert torch.equal(torch.cat(x), luminance(torch.cat(colors)) * 2 - 1)
-    dark, bright, red = torch.stack(colors)[..., 0, 0].unbind(1)  # each (steps, 3)
-    gamma = (bright[:, 0] / dark[:, 0]).log2()
+    values = torch.stack(colors).squeeze(3)  # (steps, 3 photos, 3 channels, 2 pixels)
+    torch.testing.assert_close(values, values[:, :, :1].expand_as(values))  # gray is gray
+    dark, bright, both = values[:, :, 0].unbind(1)
+    gamma = (bright / dark).log2()[:, 0]
     brightness = bright[:, 0] / 0.5**gamma
-    contrast = (red[:, 0] - red[:, 1]) / (bright[:, 0] - dark[:, 0])
-    for light in gamma.log2() / 2, (brightness - 1), (contrast - 1):
+    contrast = both.diff()[:, 0] / (bright - dark)[:, 0]
+    for light in gamma.log2() / 2, brightness - 1, contrast - 1:
         assert -0.25 <= light.min() < -0.23 and 0.23 < light.max() <= 0.25
     assert torch.stack([gamma, brightness, contrast]).corrcoef().triu(1).abs().max() < 0.2
 
@@ -202,8 +204,8 @@ def test_parts_come_from_the_step_alone_and_from_every_place(smallest, least):
     size, count = 32, 8
     rows = torch.arange(size, dtype=torch.float32)[:, None].expand(size, size)
     y = torch.stack([rows, rows.T])[None]  # each pixel tells its place
-    small = torch.cat([shrink(y, count, step, smallest) for step in range(150)])
-    assert torch.equal(small[99:100], shrink(y, count, 99, smallest))
+    small = torch.cat([crop(y, count, step, smallest) for step in range(150)])
+    assert torch.equal(small[99:100], crop(y, count, 99, smallest))
     for places in small[:, 0, :, 0], small[:, 1, 0]:  # down and across: (steps, count)
         # a part begins at `start`; pixel k of the small photo is in the middle of its share of it
         side = (places[:, -1:] - places[:, :1]) * count / (count - 1)

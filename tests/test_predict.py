@@ -97,9 +97,6 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob('*') if p.is_file())
 
 
-# ---------------------------------------------------------------------------- nothing is lost
-
-
 def test_a_result_that_exists_is_kept_unless_overwrite(call):
     save('a.png')
     save('b.png')
@@ -189,9 +186,6 @@ def test_one_bad_photo_does_not_stop_the_others(call):
         assert sum(f'{name}.' in line.split(':')[1] for line in lines) == 1
 
 
-# ---------------------------------------------------------------------------- where results go
-
-
 def test_folders_are_mirrored(call):
     for name in 'album/a.jpg', 'album/deep/er/b.png', 'other/a.jpg', 'a.jpg':
         save(name)
@@ -212,9 +206,6 @@ def test_one_photo_may_have_a_name_for_its_result(call):
     for words in 'a.jpg b.jpg --output c.png', 'album --output c.png', 'a.jpg --output c.gif':
         assert 'name a folder, or for one photo' in call(2, *words.split()).err
     assert not list(Path().glob('c.*'))
-
-
-# ---------------------------------------------------------------------------- what is the photo's
 
 
 @pytest.mark.parametrize('size', [(60, 40), (7, 5), (1, 1), (300, 4)])
@@ -297,9 +288,6 @@ def test_compare_shows_gray_color_and_original(call, net):
         assert panel.getchannel('A').tobytes() == photo.getchannel('A').tobytes()
 
 
-# ---------------------------------------------------------------------------- colors
-
-
 class Watcher(torch.nn.Module):
     """In the network's place: remembers what it saw, and says one color."""
 
@@ -364,9 +352,6 @@ def test_saturation_scales_the_color(net):
     dull, normal, bright = (spread(colorize(net, photo, 32, s)) for s in (0.5, 1, 1.5))
     assert dull == pytest.approx(normal / 2, rel=0.1) and bright > normal * 1.2
     assert colorize(net, photo, saturation=0).tobytes() == photo.convert('RGB').tobytes()
-
-
-# ---------------------------------------------------------------------------- the program
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def psnr(squared_error):
 def colorfulness(y):
     """Return the colorfulness of each photo: (B, 3, H, W) in [0, 1] → (B,).
 
-    0 is gray, 33 moderately, 59 quite colorful. M^(3), on values to 255, of Hasler and Süsstrunk,
+    0 is gray, 33 moderately, 59 quite colorful. M^(3) (values to 255) of Hasler and Süsstrunk,
     "Measuring colourfulness in natural images", Human Vision and Electronic Imaging VIII, 2003.
     """
     red, green, blue = (255 * y).flatten(2).unbind(1)
@@ -73,7 +73,7 @@ def measure(prediction, x, y):
     """Return what is averaged over photos to tell how good a prediction is: a dict of (B,).
 
     `prediction` is the network's, (B, 3, H, W), for x (B, 1, H, W) in [-1, 1]; y is the truth,
-    (B, 3, H, W) in [0, 1]. "Colorized" is what predict.py makes of it: with the photo's luminance.
+    (B, 3, H, W) in [0, 1]. "Colorized" is what predict.py makes of it: at the photo's luminance.
     """
 
     def squared_error(image):

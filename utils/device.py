@@ -143,7 +143,7 @@ def free_memory(device):
 def keep_memory():
     """Make glibc keep the memory of one step's activations for the next step.
 
-    By default the kernel gets such blocks back, and clears every page before it gives one again.
+    By default the kernel gets large blocks back, and clears each page before it is used again.
     """
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block directly from the kernel

@@ -80,7 +80,7 @@ def open_photo(path, size=None):
     """Give the photo in the file `path`, decoded and turned as its EXIF says.
 
     With `size`, large JPEGs are read much faster, as smaller versions: no side is below 2 * `size`
-    pixels. Raises OSError, whatever is wrong with the file, also in what is done with it inside.
+    pixels. Raises OSError, whatever is wrong with the file, also where the `with` block uses it.
     """
     try:
         with Image.open(path, formats=FORMATS) as photo:
