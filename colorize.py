@@ -156,7 +156,8 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             for group in optimizer.param_groups:
                 group['lr'] = recipe.get_lr(step) * group.get('rate', 1)
         if recipe.small_steps:
-            x, y = augment(x, y, recipe.get_side(step, x.shape[-1]), progress.epoch, step)
+            size, epochs = x.shape[-1], recipe.steps // recipe.steps_per_epoch
+            x, y = augment(x, y, recipe.get_side(step, size), progress.epoch, epochs, step)
         loss_sum += train_step(model, optimizer, x.to(device), y.to(device), batch_size, recipe)
         progress.step += 1
         progress.seen += len(x)

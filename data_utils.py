@@ -228,8 +228,7 @@ def order_and_flips(indices, seed, epoch):
     if seed is None:
         return order, torch.zeros(len(order), dtype=torch.bool)
     # torch keeps 32 bits of a seed: mix the two numbers rather than add them
-    mixed = random.Random(f'{seed} {epoch}').getrandbits(32)
-    generator = torch.Generator().manual_seed(mixed)
+    generator = torch.Generator().manual_seed(random.Random(f'{seed} {epoch}').getrandbits(32))
     order = order[torch.randperm(len(order), generator=generator)]
     return order, torch.rand(len(order), generator=generator) < 0.5
 
@@ -240,14 +239,14 @@ def gray_and_color(photos):
     return luminance(y) * 2 - 1, y
 
 
-def augment(x, y, side, epoch, step):
+def augment(x, y, side, epoch, epochs, step):
     """Return photos (B, C, S, S) as (B, C, side, side): as `step` of the run sees them, in `epoch`.
 
     What it sees often, a network learns by heart. So from the fifth epoch on (4; the first is 0),
-    small steps see parts of the photos; from the 21st on, all steps do, in another light. Part and
-    light come from `step` alone, so that a resumed run and each process of several see the same.
+    small steps see parts; in runs of 40 epochs or more, from the 21st on, all steps do, in another
+    light. It follows from these numbers: a resumed run and each process of several see the same.
     """
-    if epoch >= 20:
+    if epoch >= 20 and epochs >= 40:
         return relight(crop(y, side, step, smallest=0.3), step)
     if side < x.shape[-1]:
         x, y = (crop(z, side, step, smallest=0.5 if epoch >= 4 else 1.0) for z in (x, y))

@@ -89,10 +89,10 @@ def test_a_step_sees_photos_augmented_and_a_student_s_batches_as_they_are(monkey
     seen, net, loader = [], UNet(), batches()
     keep = lambda *given: seen.append(given[2:4]) or torch.tensor(0.0)  # noqa: E731
     monkeypatch.setattr(colorize, 'train_step', keep)
-    recipe = Recipe(small_steps=share, steps_per_epoch=3, steps=90)
+    recipe = Recipe(small_steps=share, steps_per_epoch=3, steps=120)
     colorize.train_epoch(net, adam(net), loader, Progress(epoch=20), recipe)
     for step, (batch, xy) in enumerate(zip(loader, seen, strict=True), 60):
-        expected = augment(*batch, 8, 20, step) if share else batch
+        expected = augment(*batch, 8, 20, 40, step) if share else batch
         torch.testing.assert_close(xy, tuple(expected), rtol=0, atol=0)
 
 

@@ -164,24 +164,24 @@ def test_processes_share_each_batch(drawings, monkeypatch, world_size):
 
 def test_small_photos_are_the_means_of_two_by_two_pixels():
     y = torch.rand(2, 3, 16, 16)
-    x, small = augment(y[:, 2:], y, 8, epoch=3, step=1)
+    x, small = augment(y[:, 2:], y, 8, epoch=3, epochs=60, step=1)
     torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(y, 2))
     assert torch.equal(x, small[:, 2:])
 
 
 def test_photos_seen_often_are_changed():
-    y = torch.rand(4, 3, 16, 16)
-    x = luminance(y) * 2 - 1
-    for epoch, side, smallest in (0, 16, 1), (19, 16, 1), (3, 8, 1), (4, 8, 0.5), (19, 8, 0.5):
-        expected = [crop(z, side, 7, smallest) for z in (x, y)]
-        torch.testing.assert_close(augment(x, y, side, epoch, 7), tuple(expected))
-    for side in 8, 16:
-        gray, color = augment(x, y, side, epoch=20, step=7)
+    x, y = relight(torch.rand(4, 3, 16, 16), 0)
+    cases = (16, 19, 40, 1), (16, 38, 39, 1), (8, 3, 40, 1), (8, 4, 40, 0.5), (8, 38, 39, 0.5)
+    for side, epoch, epochs, smallest in cases:
+        expected = tuple(crop(z, side, 7, smallest) for z in (x, y))
+        torch.testing.assert_close(augment(x, y, side, epoch, epochs, 7), expected)
+    for side, *at in (8, 20, 40, 7), (16, 20, 40, 7):
+        gray, color = augment(x, y, side, *at)
         torch.testing.assert_close(color, relight(crop(y, side, 7, 0.3), 7)[1])
         torch.testing.assert_close(gray, luminance(color) * 2 - 1)
         # a process of several sees the same, also if it has none of the photos
         for share in slice(1, None, 2), slice(4, None):
-            torch.testing.assert_close(augment(x[share], y[share], side, 20, 7)[1], color[share])
+            torch.testing.assert_close(augment(x[share], y[share], side, *at)[1], color[share])
 
 
 def test_each_step_has_a_light_of_its_own():
