@@ -91,7 +91,7 @@ class Recipe:
     precision: Precision = Precision()
     colorfulness_weight: float = 0.0  # of dullness in what is minimized
     lr: float | None = None  # the peak of the learning rate; None leaves the optimizer's alone
-    small_steps: float = 0.0  # share of the steps, from the first; 0 sees all photos as they are
+    small_steps: float = 0.0  # the share of steps that see small photos; 0 changes no photo
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
 

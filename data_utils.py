@@ -246,7 +246,7 @@ def augment(x, y, side, epoch, epochs, step):
     small steps see parts; in runs of 40 epochs or more, from the 21st on, all steps do, in another
     light. It follows from these numbers: a resumed run and each process of several see the same.
     """
-    if epoch >= 20 and epochs >= 40:
+    if epoch >= 20 and epochs >= 40:  # in shorter runs, too few steps are left to gain by it
         return relight(crop(y, side, step, smallest=0.3), step)
     if side < x.shape[-1]:
         x, y = (crop(z, side, step, smallest=0.5 if epoch >= 4 else 1.0) for z in (x, y))
