@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from data_utils import augment, batches, fingerprint, gray_and_color, read_photos, split
 from demo_landscapes import draw_landscapes
-from pretrained_unet import PretrainedUNet
+from pretrained_unet import PretrainedUNet, Teacher
 from unet import UNet
 from utils import cli, color, distributed, report
 from utils.checkpoint import Progress, State
@@ -39,7 +39,7 @@ from utils.distributed import all_reduce_sum, print0
 from utils.muon import Muon
 from utils.photos import list_photos
 from utils.run import RunFolder
-from utils.tensorboard import Page
+from utils.tensorboard import Page, harmless
 
 NETWORKS = dict(unet=UNet, pretrained=PretrainedUNet)
 DEMO = dict(data_path='data/demo', epochs=6, batch_size=8)
@@ -49,6 +49,7 @@ FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight dem
 SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.85  # of all steps see photos at five eighths of their size
+TEACHER_WEIGHT = 0.1  # of what a pretrained encoder no longer finds, in what is minimized
 
 
 def parse_args(argv):
@@ -94,6 +95,7 @@ class Recipe:
     small_steps: float = 0.0  # the share of steps that see small photos; 0 changes no photo
     steps_per_epoch: int = 0
     steps: int = 0  # of the whole run
+    teacher: Teacher | None = None  # of a pretrained network
 
     def get_objective(self, squared_error, dullness):
         """Return what is minimized; without dullness, a network that is unsure predicts gray."""
@@ -154,7 +156,7 @@ def train_epoch(model, optimizer, loader, progress, recipe=Recipe(), stop=None):
             break
         if recipe.lr:
             for group in optimizer.param_groups:
-                group['lr'] = recipe.get_lr(step) * group.get('rate', 1)
+                group['lr'] = recipe.get_lr(step)
         if recipe.small_steps:
             size, epochs = x.shape[-1], recipe.steps // recipe.steps_per_epoch
             x, y = augment(x, y, recipe.get_side(step, size), progress.epoch, epochs, step)
@@ -183,12 +185,14 @@ def train_step(model, optimizer, x, y, batch_size, recipe):
     optimizer.zero_grad()
     with recipe.precision.autocast:
         prediction = model(x)
+        distance = recipe.teacher.get_distance(y) if recipe.teacher else 0
     prediction = prediction.float()
     squared_error = F.mse_loss(prediction, y, reduction='sum') / y.shape[1:].numel()
     objective = squared_error
     if recipe.colorfulness_weight:
         colorized = color.merge_luminance(prediction, (x + 1) / 2)
         objective = recipe.get_objective(squared_error, color.dullness(colorized, y).sum())
+    objective = objective + TEACHER_WEIGHT * distance
     scaler = recipe.precision.scaler
     # DistributedDataParallel divides by the world size, which is undone here
     scaler.scale(objective * distributed.world_size / batch_size).backward()
@@ -229,6 +233,7 @@ def run(args, home, stop):
     folder, page = None, None  # only rank 0 has them
     if distributed.rank == 0:
         folder = RunFolder(home, args.name, 'demo' if args.demo else 'UNet', args.resume)
+    teacher = Teacher(state.net) if args.network == 'pretrained' else None  # before it is resumed
     if args.resume:
         state.load(folder and folder.checkpoint)
     if state.progress.epoch >= args.epochs:
@@ -237,13 +242,9 @@ def run(args, home, stop):
         return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
     steps_per_epoch = math.ceil(len(photos.training) / args.batch_size)
+    small_steps, steps = 0.0 if args.demo else SMALL_STEPS, args.epochs * steps_per_epoch
     recipe = Recipe(
-        precision,
-        args.colorfulness_weight,
-        args.lr,
-        small_steps=0.0 if args.demo else SMALL_STEPS,
-        steps_per_epoch=steps_per_epoch,
-        steps=args.epochs * steps_per_epoch,
+        precision, args.colorfulness_weight, args.lr, small_steps, steps_per_epoch, steps, teacher
     )
     if folder:
         report.print_skipped(photos, None if args.dry_run else folder.path / 'skipped.txt')
@@ -300,7 +301,8 @@ def fit(args, state, recipe, photos, folder, page, stop):
                 gain = f'{progress.best_gain:+.1f} dB in ' if photos.validation else ''
                 about = f'trained on {len(photos.training)} {of}; {gain}epoch {epoch + 1}'
                 folder.save_weights(net, about)
-            page.log_epoch(net, recipe.precision, metrics, progress.epoch)
+            if page:
+                page.log_epoch(net, recipe.precision, metrics, progress.epoch)
             # Last. If the run is killed before this, --resume repeats the epoch.
             state.save(folder.checkpoint)
             report.print_epoch(progress.epoch, args.epochs, metrics, is_best)
@@ -320,26 +322,26 @@ def new_state(args, names, device, precision):
     """Return the State of a new run on the device: weights drawn from the seed."""
     torch.manual_seed(args.seed)
     net = NETWORKS[args.network](args.image_size)
-    groups = net.parameters()
     if args.network == 'pretrained':
-        groups = net.load_encoder().parameter_groups()
+        net.load_encoder()
     net = channels_last(net, device)
-    optimizer = Muon(groups, args.lr, fused=device.type != 'mps')
+    optimizer = Muon(net.parameters(), args.lr, fused=device.type != 'mps')
     settings = {name: getattr(args, name) for name in FIXED} | dict(data_path=fingerprint(names))
     return State(net, optimizer, precision.scaler, settings)
 
 
 def open_page(args, folder, photos, state):
-    """Return the Page of a run; it shows the same photos at every epoch."""
+    """Return the Page of a run, which shows the same photos at every epoch; None if it fails."""
     shown = photos.get_shown()
     names = [os.path.dirname(photos.names[index]) or '.' for index in shown]
     samples = gray_and_color(photos.pixels[shown].to(next(state.net.parameters()).device))
-    page = Page(folder.path, samples, names, state.progress.epoch + 1)
-    if state.progress == Progress():
-        # another network, on the CPU: tracing must not touch the one that is trained
-        settings = vars(args) | dict(data=f'{args.data_path}, {state.settings["data_path"]}')
-        page.log_start(NETWORKS[args.network](), {name: settings[name] for name in SETTINGS})
-    return page
+    with harmless():
+        page = Page(folder.path, samples, names, state.progress.epoch + 1)
+        if state.progress == Progress():
+            # another network, on the CPU: tracing must not touch the one that is trained
+            settings = vars(args) | dict(data=f'{args.data_path}, {state.settings["data_path"]}')
+            page.log_start(NETWORKS[args.network](), {name: settings[name] for name in SETTINGS})
+        return page
 
 
 def main(argv=None):

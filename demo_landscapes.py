@@ -237,7 +237,6 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
 
 
 def main(argv=None):
-    """Run the command line; return its exit code."""
     cli.print_any_name()
     parser = cli.ArgumentParser('demo_landscapes.py', __doc__)
     add = parser.add_argument

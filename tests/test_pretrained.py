@@ -9,11 +9,13 @@ from pages import from_page
 
 import predict
 import pretrained_unet
+from colorize import TEACHER_WEIGHT, Recipe, train_step
 from predict import load_network
-from pretrained_unet import PretrainedUNet
+from pretrained_unet import PretrainedUNet, Teacher
 from unet import UNet
 from utils.checkpoint import load_weights
 from utils.cli import UsageError
+from utils.color import luminance
 
 # the mean sizes of the features of efficientnet-lite-pytorch 0.1.0, an implementation of its own
 REFERENCE = 3.205281, 5.837734, 6.261575, 4.859898, 1.351163
@@ -48,15 +50,45 @@ def test_the_encoder_computes_what_the_reference_does():
     assert sums == pytest.approx(REFERENCE, rel=1e-4)
 
 
-@needs_weights
-def test_batch_normalization_stays_as_it_is_and_the_encoder_learns_slower():
-    net = PretrainedUNet().load_encoder()
+def test_batch_normalization_stays_as_it_is():
+    net = PretrainedUNet()
     before = {name: value.clone() for name, value in net.named_buffers()}
     net(torch.rand(2, 1, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
-    slow, rest = net.parameter_groups()
-    assert slow['rate'] == 0.3 and 'rate' not in rest
-    assert sum(len(group['params']) for group in (slow, rest)) == len(list(net.parameters()))
+
+
+def test_a_teacher_tells_how_far_features_in_gray_are_from_those_in_color():
+    torch.manual_seed(0)
+    net, y = PretrainedUNet().requires_grad_(False), torch.rand(3, 3, 32, 32)
+    teacher, x = Teacher(net), luminance(y) * 2 - 1
+    net(x)
+    features = list(zip(net.encode(x), net.encode(2 * y - 1), strict=True))
+    each = [[((a - b)[i].norm() / b[i].norm()) ** 2 for a, b in features] for i in range(3)]
+    expected = torch.tensor(each).mean(1)
+    assert expected.min() > 0.01
+    torch.testing.assert_close(teacher.get_distance(y), expected.sum())
+    for i in range(3):  # as two processes may share a batch
+        net(x[i : i + 1])
+        torch.testing.assert_close(teacher.get_distance(y[i : i + 1]), expected[i])
+    for weight in net.parameters():
+        weight.zero_()
+    net(x)
+    assert teacher.get_distance(y).item() == pytest.approx(3)  # it has not changed
+    assert net.eval()(x).shape == y.shape and net.features is None
+
+
+def test_a_step_minimizes_what_the_teacher_tells():
+    torch.manual_seed(0)
+    net, y = PretrainedUNet(), torch.rand(2, 3, 32, 32)
+    teacher, x = Teacher(net), luminance(y) * 2 - 1
+    weights = list(net.encoder.parameters())
+    net(x)
+    expected = torch.autograd.grad(TEACHER_WEIGHT * teacher.get_distance(y) / 2, weights)
+    train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, y, 2, Recipe(teacher=teacher))
+    # the last layer of a new network is 0: nothing else reaches the encoder
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
 
 
 @needs_weights

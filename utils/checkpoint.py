@@ -77,8 +77,7 @@ def save_weights(net, about, *paths):
         for name, value in state.items()
     )
     plain._metadata = OrderedDict(state._metadata)
-    about = dict(image_size=net.image_size, about=about)
-    plain._metadata[''] = dict(state._metadata[''], **about)
+    plain._metadata[''] = dict(state._metadata[''], image_size=net.image_size, about=about)
     atomic_write(to_bytes(plain), *paths)
 
 

@@ -106,7 +106,10 @@ def explain_error(error, batch_size=0):
         return 1, f'{error.filename}: {error.strerror}' if error.filename else error.strerror
     if isinstance(error, OSError | FloatingPointError):
         return 1, text
-    if is_out_of_memory(error):
+    # of the host; of CUDA and MPS; of two libraries of CUDA
+    words = "can't allocate memory", 'out of memory', '_STATUS_ALLOC_FAILED'
+    is_told = isinstance(error, RuntimeError) and any(word in text for word in words)
+    if is_told or isinstance(error, MemoryError):
         smaller = f'--batch_size than {batch_size} or --image_size' if batch_size else '--size'
         return 1, f'out of memory: try a smaller {smaller}; nvidia-smi names other programs'
     if 'no kernel image is available' in text:
@@ -115,12 +118,3 @@ def explain_error(error, batch_size=0):
     if isinstance(error, dist.DistError) or 'gloo' in text or 'Connection' in text:
         return 1, f'another process of this run has ended: {text}'
     return 0, ''
-
-
-def is_out_of_memory(error):
-    """Tell whether the memory of the host or of the device was too small."""
-    # CUDA and MPS; the host; two libraries of CUDA
-    words = 'out of memory', "can't allocate memory", '_STATUS_ALLOC_FAILED'
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )

@@ -47,9 +47,7 @@ def list_photos(root):
     if '.heic' in others:
         rest += ' (to read .heic: pip install pillow-heif)'
     if not photos:
-        raise UsageError(
-            f'no photos (such as .jpg, .png, .tif) in {root}, only {rest or "nothing"}'
-        )
+        raise UsageError(f'no photos (.jpg, .png, .tif, …) in {root}, only {rest or "nothing"}')
     if rest:
         print0(f'passed over in {root}: {rest}', file=sys.stderr)
     return sorted(photos)

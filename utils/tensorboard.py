@@ -41,15 +41,12 @@ class Page:
     """
 
     def __init__(self, path, samples, names, first_epoch):
-        self.writer, self.path, (self.x, self.y), self.names = None, path, samples, names
+        self.path, (self.x, self.y), self.names = path, samples, names
         silence_writer_thread()
-        with harmless():
-            self.writer = SummaryWriter(path, purge_step=first_epoch)
+        self.writer = SummaryWriter(path, purge_step=first_epoch)
 
     def log_start(self, net, settings):
         """Log the graph of `net`, and the settings of a new run as hyperparameters."""
-        if not self.writer:
-            return
         with harmless(), warnings.catch_warnings():
             # tracing warns of itself, and of the network's check of its input's size
             warnings.simplefilter('ignore')
@@ -61,8 +58,6 @@ class Page:
     @torch.no_grad()
     def log_epoch(self, net, precision, metrics, epoch):
         """Log the metrics, and grids of the sample photos; flush, so that the page is live."""
-        if not self.writer:
-            return
         with harmless():
             for tag in CURVES:
                 if tag in metrics:
@@ -89,8 +84,6 @@ class Page:
 
         The tab shows the run that ended last: of several, it would open with the oldest.
         """
-        if not self.writer:
-            return
         with harmless(), torch.no_grad():
             features = net.encode(self.x)[-1].float().mean((2, 3))
             thumbnails = F.interpolate(self.y, (64, 64), mode='bilinear', antialias=True)
