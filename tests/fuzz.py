@@ -3,9 +3,8 @@
     python tests/fuzz.py                                     # about a quarter of an hour
     python tests/fuzz.py --photos 20 --weights 20 --seed 1
 
-`--photos` are damaged JPEG, PNG, WebP, TIFF and GIF files, which are trained on and colorized;
-`--weights` are damaged weights and checkpoints. Each of them must be taken or refused in words,
-within ten seconds. The seed decides the damage.
+Each photo, which is trained on and colorized, and each file of weights or checkpoint must be taken
+or refused in words, within ten seconds. The seed decides the damage.
 """
 
 import contextlib

@@ -1,11 +1,9 @@
 """Trains two runs of different names in one folder, kills them again and again, and reads on.
 
-    python tests/race_trial.py                      # about a quarter of an hour
-    python tests/race_trial.py --kills 10 --seed 1
+    python tests/race_trial.py     # about a quarter of an hour
 
-Each is killed at a random moment and started again with --resume, while a reader loads unet.pth
-again and again. It must always load whole, and each run must end with the weights of one that
-nothing disturbed.
+Each is killed at random moments and started again with --resume. All the time unet.pth must load
+whole, and each run must end with the weights of one that nothing disturbed.
 """
 
 import random
@@ -23,14 +21,15 @@ from helpers import ENVIRONMENT, load  # noqa: E402
 
 from demo_landscapes import draw_landscapes  # noqa: E402
 from unet import UNet  # noqa: E402
-from utils.cli import ArgumentParser  # noqa: E402
 
 FLAGS = '--data_path ../photos --image_size 32 --batch_size 8 --val_fraction 0.25 --device cpu'
 RUNS = {'A': '0', 'B': '1'}  # names and seeds
+FOLDERS, KILLS = 5, 10  # in each
 
 
 def start(folder, name):
     """Start the run `name` in the folder, or go on with it."""
+    folder.mkdir(exist_ok=True)
     words = [*FLAGS.split(), '--epochs', '12', '--seed', RUNS[name], '--name', name, '--resume']
     program = [sys.executable, ROOT / 'colorize.py', *words]
     with open(folder / f'{name}.log', 'ab') as log:
@@ -39,74 +38,57 @@ def start(folder, name):
 
 def read(path, ended, found):
     """Load the weights again and again until the event `ended`; note what is wrong with them."""
-    is_there = False
     while not ended.wait(0.05):
         try:
-            UNet().load_state_dict(load(path))
-            is_there = True
+            if path.exists():
+                UNet().load_state_dict(load(path))
         except Exception as error:  # whatever it is, it is what is looked for
-            if is_there or not isinstance(error, FileNotFoundError):
-                found.append(repr(error))
+            found.append(repr(error))
 
 
-def disturb(folder, kills, rng, longest):
-    """Run both to their end, killing either at random; return the number of kills."""
+def disturb(folder, kills, longest):
+    """Run both to their end, killing either `kills` times at random; return what went wrong."""
+    ended, found = threading.Event(), []
+    reader = threading.Thread(target=read, args=[folder / 'unet.pth', ended, found])
+    reader.start()
     running = {name: start(folder, name) for name in RUNS}
-    killed = 0
     while running:
-        time.sleep(rng.uniform(0.1, longest))
+        time.sleep(random.uniform(0.1, longest))
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
-            elif killed < kills and rng.random() < 0.7:
+            elif kills and random.random() < 0.7:
                 process.kill()
                 process.wait()
-                killed += 1
-                running[name] = start(folder, name)
-    return killed
-
-
-def differences(folder, expected):
-    """Return what is not as in the undisturbed runs, whose weights are `expected`."""
-    found = [f'{path} was left' for path in (*folder.rglob('*.tmp'), *folder.glob('unet_*'))]
-    if (folder / 'unet.pth').read_bytes() not in expected.values():
-        found.append("unet.pth is no run's")
-    for name in RUNS:
-        if (folder / f'runs/{name}/unet.pth').read_bytes() != expected[name]:
-            found.append(f'{name} has other weights')
-        text = (folder / f'{name}.log').read_text()
-        if 'Traceback' in text:
-            found.append(text)
+                running[name], kills = start(folder, name), kills - 1
+    ended.set()
+    reader.join()
     return found
 
 
 def main():
-    parser = ArgumentParser('race_trial.py', __doc__)
-    parser.add_argument('--kills', type=int, default=50)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    rng, began = random.Random(args.seed), time.monotonic()
-    killed, found, expected = 0, [], {}
+    began, found = time.monotonic(), []
     with tempfile.TemporaryDirectory() as base:
-        base = Path(base)
-        draw_landscapes(base / 'photos', per_kind=2)
-        (base / 'alone').mkdir()
+        alone, photos = Path(base, 'alone'), Path(base, 'photos')
+        draw_landscapes(photos, per_kind=2)
         for name in RUNS:
-            assert start(base / 'alone', name).wait() == 0
-            expected[name] = (base / f'alone/runs/{name}/unet.pth').read_bytes()
+            assert start(alone, name).wait() == 0
         longest = (time.monotonic() - began) / 2  # a little more than a run alone takes
-        while killed < args.kills:
-            folder = Path(tempfile.mkdtemp(dir=base))
-            ended = threading.Event()
-            reader = threading.Thread(target=read, args=[folder / 'unet.pth', ended, found])
-            reader.start()
-            killed += disturb(folder, min(10, args.kills - killed), rng, longest)
-            ended.set()
-            reader.join()
-            found += differences(folder, expected)
-            print(f'{killed} kills, {len(found)} faults', flush=True)
-    for fault in found:
-        print(fault)
+        weights = {name: (alone / f'runs/{name}/unet.pth').read_bytes() for name in RUNS}
+        for number in range(FOLDERS):
+            folder = Path(base, f'run_{number}')
+            found += disturb(folder, KILLS, longest)
+            found += [
+                f'{path} is left' for path in [*folder.rglob('*.tmp'), *folder.glob('unet_*')]
+            ]
+            if (folder / 'unet.pth').read_bytes() not in weights.values():
+                found.append("unet.pth is no run's")
+            for name in RUNS:
+                if (folder / f'runs/{name}/unet.pth').read_bytes() != weights[name]:
+                    found.append(f'{name} has other weights')
+                if 'Traceback' in (text := (folder / f'{name}.log').read_text()):
+                    found.append(text)
+            print(f'{KILLS * (number + 1)} kills at most, faults: {found}', flush=True)
     return 1 if found else 0
 
 

@@ -83,7 +83,6 @@ def test_a_signal_leaves_nothing(tmp_path):
     ],
 )
 def test_what_is_refused(tmp_path, capsys, words, code, said):
-    """In one line, and nothing is touched."""
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes/1.txt').write_text('mine')
     assert call(tmp_path, *words, program=demo_landscapes) == code

