@@ -49,7 +49,7 @@ FIXED = 'network batch_size image_size seed val_fraction colorfulness_weight dem
 SETTINGS = 'batch_size colorfulness_weight data epochs image_size lr network seed'.split()
 WARM_UP = 0.2  # of all steps
 SMALL_STEPS = 0.85  # of all steps see photos at five eighths of their size
-TEACHER_WEIGHT = 0.1  # of what a pretrained encoder no longer finds, in what is minimized
+TEACHER_WEIGHT = 0.1  # of the distance to the teacher's features, in what is minimized
 
 
 def parse_args(argv):
@@ -98,7 +98,7 @@ class Recipe:
     teacher: Teacher | None = None  # of a pretrained network
 
     def get_objective(self, squared_error, dullness):
-        """Return what is minimized; without dullness, a network that is unsure predicts gray."""
+        """Return by what weights are chosen; without dullness, an unsure network predicts gray."""
         return squared_error + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
@@ -335,13 +335,14 @@ def open_page(args, folder, photos, state):
     shown = photos.get_shown()
     names = [os.path.dirname(photos.names[index]) or '.' for index in shown]
     samples = gray_and_color(photos.pixels[shown].to(next(state.net.parameters()).device))
+    page = None
     with harmless():
         page = Page(folder.path, samples, names, state.progress.epoch + 1)
-        if state.progress == Progress():
-            # another network, on the CPU: tracing must not touch the one that is trained
-            settings = vars(args) | dict(data=f'{args.data_path}, {state.settings["data_path"]}')
-            page.log_start(NETWORKS[args.network](), {name: settings[name] for name in SETTINGS})
-        return page
+    if page and state.progress == Progress():
+        # another network, on the CPU: tracing must not touch the one that is trained
+        settings = vars(args) | dict(data=f'{args.data_path}, {state.settings["data_path"]}')
+        page.log_start(NETWORKS[args.network](), {name: settings[name] for name in SETTINGS})
+    return page
 
 
 def main(argv=None):

@@ -42,7 +42,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """Batch normalization whose means stay ImageNet's, also in training."""
+    """Batch normalization whose statistics stay ImageNet's, also in training."""
 
     def forward(self, x):
         statistics = self.running_mean, self.running_var
@@ -102,7 +102,7 @@ class PretrainedUNet(nn.Module):
         pairs = (256 + 112, 128), (128 + 40, 64), (64 + 24, 48), (48 + 16, 32), (32 + 1, 32)
         self.decoder = nn.ModuleList(double_conv(*pair) for pair in pairs)
         self.last_conv = nn.Conv2d(32, 3, 1)
-        self.features = None  # what the encoder found in the photos it was trained on last
+        self.features = None  # of the photos seen last, in training, for a Teacher
         for module in [self.middle_conv, *self.decoder.modules()]:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
@@ -126,7 +126,7 @@ class PretrainedUNet(nn.Module):
         return self.last_conv(y) + (x + 1) / 2
 
     def encode(self, x):
-        """Return the encoder's features of photos, gray or color: one tensor each of five sizes."""
+        """Return the encoder's features of photos, gray or color: tensors of five sizes."""
         x, features = x.expand(-1, 3, -1, -1), []
         for stage in self.encoder:
             x = stage(x)
@@ -154,18 +154,17 @@ class PretrainedUNet(nn.Module):
 class Teacher:
     """The encoder as it is now: it will see in color what `net` learns to see in gray.
 
-    A network that must find in the gray photo what is in the color one learns fewer photos by heart
-    (Gupta et al. 2016, arXiv:1507.00448).
+    By this supervision transfer (Gupta et al. 2016, arXiv:1507.00448) it learns less by heart.
     """
 
     def __init__(self, net):
         self.net, self.original = net, copy.deepcopy(net).requires_grad_(False)
 
     def get_distance(self, y):
-        """Return how far the features of what `net` saw last are from those of y, in color.
+        """Return how far what `net`, in training, found in its last photos is from what is in y.
 
-        y is (B, 3, H, W) in [0, 1]. Summed over the photos: the squared error in units of the mean
-        square, averaged over the five sizes.
+        y is these in color, (B, 3, H, W) in [0, 1]. For each photo: squared error / mean square,
+        averaged over five sizes; all photos are added up.
         """
         distance = 0
         for found, truth in zip(self.net.features, self.original.encode(2 * y - 1), strict=True):

@@ -66,7 +66,6 @@ def damage(data, rng):
 
 
 def check_photo(path, folder):
-    """Train on a damaged photo, and colorize it."""
     with contextlib.suppress(UsageError):  # it is left out, and no other is there
         photos = read_photos(path.parent, [path.name], 0, 32, CPU)
         assert photos.pixels.shape == (1, 32, 32, 3) and photos.training == [0]
@@ -74,7 +73,6 @@ def check_photo(path, folder):
 
 
 def check_weights(path, folder):
-    """Colorize with damaged weights, or make a step from a damaged checkpoint."""
     if path.name == 'unet.pth':
         return colorize_with(path, folder / 'photo.png', folder)
     state = new_state()
@@ -87,7 +85,6 @@ def check_weights(path, folder):
 
 
 def colorize_with(weights, photo, folder):
-    """Colorize a photo with the weights."""
     output = folder / 'colorized'
     words = [photo, '--output', output, '--size', 32, '--device', 'cpu', '--weights', weights]
     code = predict.main([str(word) for word in words])
@@ -134,7 +131,6 @@ def watch(check, path, folder):
 
 
 def prepare(folder):
-    """Write what is then damaged into the folder."""
     draw_landscapes(folder / 'drawings', per_kind=1)
     with predict.Image.open(folder / 'drawings/city/city_001.jpg') as photo:
         for name, options in PHOTOS.items():
@@ -147,7 +143,6 @@ def prepare(folder):
 
 
 def try_files(kind, names, check, number, seed, folder):
-    """Check damaged files, print the tally, and return the number of faults."""
     counts = Counter()
     for item in range(number):
         rng = random.Random(f'{seed} {kind} {item}')

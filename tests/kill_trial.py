@@ -44,7 +44,6 @@ def has_finished_an_epoch(training):
 
 
 def is_saving(name, training):
-    """Tell whether the training is writing this file, or was killed while it did."""
     for path in training.folder.glob(f'{name}.*.tmp'):
         with suppress(FileNotFoundError):
             if path.stat().st_mtime > training.started:

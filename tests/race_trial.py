@@ -28,7 +28,6 @@ FOLDERS, KILLS = 5, 10  # in each
 
 
 def start(folder, name):
-    """Start the run `name` in the folder, or go on with it."""
     folder.mkdir(exist_ok=True)
     words = [*FLAGS.split(), '--epochs', '12', '--seed', RUNS[name], '--name', name, '--resume']
     program = [sys.executable, ROOT / 'colorize.py', *words]
@@ -37,17 +36,17 @@ def start(folder, name):
 
 
 def read(path, ended, found):
-    """Load the weights again and again until the event `ended`; note what is wrong with them."""
+    is_there = False
     while not ended.wait(0.05):
         try:
-            if path.exists():
+            is_there |= path.exists()
+            if is_there:
                 UNet().load_state_dict(load(path))
         except Exception as error:  # whatever it is, it is what is looked for
             found.append(repr(error))
 
 
 def disturb(folder, kills, longest):
-    """Run both to their end, killing either `kills` times at random; return what went wrong."""
     ended, found = threading.Event(), []
     reader = threading.Thread(target=read, args=[folder / 'unet.pth', ended, found])
     reader.start()
@@ -88,7 +87,8 @@ def main():
                     found.append(f'{name} has other weights')
                 if 'Traceback' in (text := (folder / f'{name}.log').read_text()):
                     found.append(text)
-            print(f'{KILLS * (number + 1)} kills at most, faults: {found}', flush=True)
+            print(f'{KILLS * (number + 1)} kills at most, {len(found)} faults', flush=True)
+    print(*found, sep='\n')
     return 1 if found else 0
 
 

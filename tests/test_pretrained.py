@@ -64,6 +64,10 @@ def test_a_teacher_tells_how_far_features_in_gray_are_from_those_in_color():
     for i in range(3):  # as two processes may share a batch
         net(x[i : i + 1])
         torch.testing.assert_close(teacher.get_distance(y[i : i + 1]), expected[i])
+    with torch.autocast('cpu', torch.bfloat16):
+        net(x)
+        distance = teacher.get_distance(y)
+    torch.testing.assert_close(distance, expected.sum(), rtol=0.05, atol=0)
     for weight in net.parameters():
         weight.zero_()
     net(x)
@@ -83,15 +87,20 @@ def test_a_step_minimizes_what_the_teacher_tells_and_keeps_the_means_of_normaliz
     # the last layer of a new network is 0: nothing else reaches the encoder
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
+    assert all(weight.grad is None for weight in teacher.original.parameters())
     assert all(gradient.abs().max() > 0 for gradient in expected)
     assert is_same(before, dict(net.named_buffers()))
 
 
 @needs_weights
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_path):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, drawings, tmp_path, monkeypatch):
+    asked, distance = [], Teacher.get_distance
+    spy = lambda teacher, y: asked.append(len(y)) or distance(teacher, y)  # noqa: E731
+    monkeypatch.setattr(Teacher, 'get_distance', spy)
     whole = tmp_path / 'whole'
     whole.mkdir()
     assert call(whole, '--data_path', drawings, *FLAGS) == 0
+    assert sum(asked) == 2 * 43
     with signal_after(2):
         train(*FLAGS, code=143)
     assert 'For better colors' not in train(*FLAGS, '--resume').out

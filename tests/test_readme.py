@@ -69,7 +69,6 @@ def test_the_table_of_flags_has_the_defaults():
 
 
 def test_small_commands_run(drawings, tmp_path, capsys):
-    """Type what tests of its own elsewhere leave out, in this process."""
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/demo').symlink_to(drawings)
     dry_run = from_page('python colorize.py --demo --dry_run')

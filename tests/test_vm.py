@@ -134,7 +134,6 @@ class Laptop:
         self.user = pwd.getpwuid(os.getuid()).pw_name
 
     def bash(self, command):
-        """Return what starts a command of the page."""
         return ['bash', '-c', command.replace('USER@VM_ADDRESS', f'{self.user}@vm')]
 
     def type(self, command, *lines):
@@ -152,7 +151,6 @@ class Laptop:
         return done.stdout
 
     def type_there(self, *commands):
-        """Type commands on the VM, after logging in; return what they print."""
         return self.type(from_page('ssh USER@VM_ADDRESS'), 'set -e', *commands)
 
     def started(self, command, log, *there):

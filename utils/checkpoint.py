@@ -14,7 +14,7 @@ import torch
 from utils import distributed
 from utils.cli import UsageError
 
-VERSION = 7  # of checkpoints; others are refused
+VERSION = 8  # of checkpoints; others are refused
 
 
 def atomic_write(content, *paths, sync=True):
