@@ -98,7 +98,7 @@ class Recipe:
     teacher: Teacher | None = None  # of a pretrained network
 
     def get_objective(self, squared_error, dullness):
-        """Return by what weights are chosen; without dullness, an unsure network predicts gray."""
+        """Return the objective; without dullness, a network that is unsure predicts gray."""
         return squared_error + self.colorfulness_weight * dullness
 
     def get_lr(self, step):
