@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.ExifTags import TAGS
 from tqdm import tqdm
@@ -77,22 +78,32 @@ def colorize(net, photo, size=None, saturation=1.0):
 def predict_chroma(net, gray, size=None):
     """Return the chroma that the network gives a gray PIL image: float (2, H, W) on the CPU.
 
-    It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]. The network sees a reduced copy,
-    H×W, its shorter side about `size`, its longer at most 4 * `size`. Raises FloatingPointError.
+    It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]: the mean of the network's `looks`,
+    the first of which is the largest. Raises FloatingPointError.
     """
     size = size or net.image_size
+    looks = [look_at(gray, net, scale * size, is_mirrored) for scale, is_mirrored in net.looks]
+    looks = [F.interpolate(look, looks[0].shape[-2:], mode='bilinear') for look in looks]
+    return torch.cat(looks).mean(0).cpu()
+
+
+def look_at(gray, net, size, is_mirrored):
+    """Return the chroma (1, 2, H, W) of a copy of a photo, or of its mirror image.
+
+    The copy's shorter side is about `size`, its longer at most 4 * `size`.
+    """
     scale = min(size / min(gray.size), 4 * size / max(gray.size))
     seen = [max(8, 8 * round(side * scale / 8)) for side in gray.size]  # a UNet's multiples
     x = to_pixels(gray.resize(seen, Image.Resampling.BILINEAR))
     device = next(net.parameters()).device
     x = x[None, None].to(device) / 127.5 - 1
     with Precision('auto', device).autocast:
-        y = net(x).float()
+        y = net(x.flip(3)).float().flip(3) if is_mirrored else net(x).float()
     if not y.isfinite().all():
         raise FloatingPointError('with these weights, the network computes no finite colors')
     color = merge_luminance(y, (x + 1) / 2)
-    red, _, blue = (color - luminance(color))[0]
-    return torch.stack([blue / 1.772, red / 1.402]).cpu()
+    red, _, blue = (color - luminance(color)).split(1, dim=1)
+    return torch.cat([blue / 1.772, red / 1.402], dim=1)
 
 
 def format_of(path):

@@ -70,14 +70,6 @@ class InvertedResidual(nn.Module):
         return x + self.layers(x) if self.is_residual else self.layers(x)
 
 
-class UpsampleTo(nn.Upsample):
-    """Enlarge x to the size of a skip connection, and join both."""
-
-    def forward(self, x, x_skip):
-        x = F.interpolate(x, x_skip.shape[-2:], mode='bilinear', align_corners=False)
-        return torch.cat([x, x_skip], dim=1)
-
-
 class PretrainedUNet(nn.Module):
     """Gray (B, 1, H, W) in [-1, 1] → color (B, 3, H, W), about [0, 1] and not clamped.
 
@@ -88,6 +80,8 @@ class PretrainedUNet(nn.Module):
     def __init__(self, image_size=128):
         super().__init__()
         self.image_size = image_size  # side in pixels of the photos that it is trained on
+        # of predict.py, as UNet's: the mean of three is 0.1 to 0.2 dB better than one
+        self.looks = (5 / 4, False), (1, True), (3 / 4, False)
         stages, channels = [[*conv_norm(3, 32, 3, 2), nn.ReLU6(inplace=True)]], 32
         for expansion, out_channels, blocks, stride, kernel in STAGES:
             if stride == 2:  # a stage ends where the size changes
@@ -98,7 +92,6 @@ class PretrainedUNet(nn.Module):
                 channels = out_channels
         self.encoder = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
         self.middle_conv = nn.Conv2d(320, 256, 1)
-        self.upsample = UpsampleTo()
         pairs = (256 + 112, 128), (128 + 40, 64), (64 + 24, 48), (48 + 16, 32), (32 + 1, 32)
         self.decoder = nn.ModuleList(double_conv(*pair) for pair in pairs)
         self.last_conv = nn.Conv2d(32, 3, 1)
@@ -111,18 +104,13 @@ class PretrainedUNet(nn.Module):
         nn.init.zeros_(self.last_conv.bias)
 
     def forward(self, x):
-        if self.training:
-            return self.predict(x)
-        # the mean of a photo's and its mirror image's colors is 0.06 dB better
-        return (self.predict(x) + self.predict(x.flip(3)).flip(3)) / 2
-
-    def predict(self, x):
-        """Return the colors that the photo alone gets, without its mirror image."""
         skips = [x, *self.encode(x)]
         self.features = skips[1:] if self.training else None
         y = F.relu(self.middle_conv(skips.pop()))
         for conv_block in self.decoder:
-            y = conv_block(self.upsample(y, skips.pop()))
+            x_skip = skips.pop()
+            y = F.interpolate(y, x_skip.shape[-2:], mode='bilinear')
+            y = conv_block(torch.cat([y, x_skip], dim=1))
         return self.last_conv(y) + (x + 1) / 2
 
     def encode(self, x):

@@ -53,6 +53,7 @@ class UNet(nn.Module):
     def __init__(self, image_size=224):
         super().__init__()
         self.image_size = image_size  # side in pixels of the photos that it is trained on
+        self.looks = ((1, False),)  # of predict.py: size / image_size; at the mirror image or not
         self.downsample_block_1 = DownSampleBlock(1, 32)
         self.downsample_block_2 = DownSampleBlock(32, 64)
         self.downsample_block_3 = DownSampleBlock(64, 128)

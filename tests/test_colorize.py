@@ -107,8 +107,7 @@ def test_half_precision_on_the_cpu_stays_near_float32(name):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
-def test_the_rate_rises_and_falls():
-    # two steps of warm-up, then down over eight
+def test_the_rate_rises_for_two_of_ten_steps_and_falls_for_eight():
     recipe = Recipe(lr=1e-3, steps=10)
     rates = [0.5e-3, 1e-3, *(eighths / 8e3 for eighths in range(8, 0, -1))]
     assert [recipe.get_lr(step) for step in range(10)] == pytest.approx(rates)
@@ -169,8 +168,7 @@ def test_the_page_has_the_same_photos_at_every_epoch_and_the_graph(trained):
 def test_a_tiny_run_learns_and_its_printed_commands_work(trained, drawings):
     """The script is its own test: it and the commands that it prints must get somewhere."""
     curve = curves(trained)
-    # a network that learns nothing, or only gray, is not better than the gray copy
-    assert curve[GAIN][-1][1] > 1
+    assert curve[GAIN][-1][1] > 1  # a network that learns only gray has 0
     assert curve['validation loss'][-1][1] < 0.7 * curve['validation loss'][0][1]
     TemplateUNet().load_state_dict(load(trained / 'unet.pth'), strict=True)
     _, best = min((objective, epoch) for epoch, objective in curve[OBJECTIVE])

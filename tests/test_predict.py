@@ -16,7 +16,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 
 import predict
-from predict import colorize
+from predict import colorize, predict_chroma
 from unet import UNet
 from utils.photos import to_rgb
 
@@ -131,10 +131,8 @@ def test_two_photos_never_share_a_result(call):
         save(name, scene(size))
     for flags in [], ['--overwrite']:
         lines = call(1, 'x/a.png', 'y/a.png', 'z/a.gif', *flags).err.splitlines()
-        assert lines == [
-            f"predict.py: '{name}': colorized/a.png is the result of 'x/a.png'"
-            for name in ('y/a.png', 'z/a.gif')
-        ]
+        line = "predict.py: '{}': colorized/a.png is the result of 'x/a.png'"
+        assert lines == [line.format(name) for name in ('y/a.png', 'z/a.gif')]
         assert Image.open('colorized/a.png').size == (30, 20)
     call(0, 'x/a.png', 'x/a.png', '--overwrite')
 
@@ -294,8 +292,7 @@ class Watcher(torch.nn.Module):
     def __init__(self, color=(0.5, 0.5, 0.5)):
         super().__init__()
         self.color = torch.nn.Parameter(torch.tensor(color).view(1, 3, 1, 1))
-
-    image_size = 224
+        self.image_size, self.looks = 224, ((1, False),)
 
     def forward(self, x):
         self.x = x
@@ -336,6 +333,19 @@ class Sides(Watcher):
         y[:, 0, :, x.shape[-1] // 2 :] = 0.8
         y[:, 2, x.shape[-2] // 2 :] = 0.8
         return y
+
+
+def test_colors_are_the_mean_of_all_looks():
+    net, gray, seen = Sides(), Image.new('L', (96, 64), 128), []
+    net.register_forward_hook(lambda net, inputs, y: seen.append(*inputs))
+    once = predict_chroma(net, gray, 64)
+    net.looks = (1, True), (1, False)
+    torch.testing.assert_close(predict_chroma(net, gray, 64), (once + once.flip(2)) / 2)
+    predict_chroma(net, scene((96, 64), 'L'), 64)
+    assert torch.equal(seen[-2].flip(3), seen[-1])
+    net.looks = (5 / 4, False), (3 / 4, False)
+    assert predict_chroma(net, gray, 64).shape[1:] == seen[-2].shape[2:] == (80, 120)
+    assert seen[-1].shape[2:] == (48, 72)
 
 
 @pytest.mark.parametrize('size', [(500, 333), (101, 640)])
