@@ -63,9 +63,8 @@ class Page:
                 if tag in metrics:
                     self.writer.add_scalar(tag, metrics[tag], epoch)
             with precision.autocast:
-                prediction = net(self.x)
+                prediction = net(self.x).float()
             gray = (self.x + 1) / 2
-            prediction = prediction.float()
             colorized = merge_luminance(prediction, gray)
             triptychs = torch.cat([gray.expand_as(self.y), colorized, self.y], dim=3)[::2]
             grids = {
