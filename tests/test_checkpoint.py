@@ -89,7 +89,7 @@ def changed(name, value):
         (lambda path: path.touch(), DAMAGED),
         (lambda path: path.write_bytes(pickle.dumps(Malicious())), DAMAGED),
         (lambda path: torch.save(dict(net=Malicious()), path), DAMAGED),
-        (lambda path: torch.save([1, 2], path), 'of another version: Expected state_dict'),
+        (lambda path: torch.save([1, 2], path), 'of this network: Expected state_dict'),
         (lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), 'Missing key'),
         (changed('last_conv.bias', torch.zeros(4)), 'size mismatch for last_conv.bias'),
         (changed('last_conv.bias', torch.full((3,), torch.nan)), 'weights that are not finite'),
@@ -135,7 +135,7 @@ def test_a_loaded_state_goes_on_to_the_bit(tmp_path, fused):
     'change, reason',
     [
         (lambda saved: saved.update(version=VERSION - 1), 'is of another version of the program'),
-        (lambda saved: saved['net'].popitem(), 'or those of another version: .* Missing key'),
+        (lambda saved: saved['net'].popitem(), 'holds no weights of this network: .* Missing key'),
         (
             lambda saved: saved['settings'].update(batch_size=16),
             'was trained with --batch_size 16, not 32: give that, or another --name',

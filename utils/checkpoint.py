@@ -105,9 +105,7 @@ def set_weights(net, state, path):
         net.load_state_dict(state)
     except Exception as error:  # of a foreign file, names and values can be anything
         reason = ' '.join(str(error).split())[:150]
-        raise UsageError(
-            f'{path} holds no weights of this network, or those of another version: {reason}'
-        ) from error
+        raise UsageError(f'{path} holds no weights of this network: {reason}') from error
     if not all(weight.isfinite().all() for weight in net.parameters()):
         raise UsageError(f'{path} holds weights that are not finite')
 
