@@ -240,9 +240,11 @@ def run(args, home, stop):
             report.print_end(folder, state.progress, args.network, demo)
         return 0
     photos = read_photos(args.data_path, names, args.val_fraction, args.image_size, device)
-    per_epoch = math.ceil(len(photos.training) / args.batch_size)
-    small, steps = 0.0 if args.demo else SMALL_STEPS, args.epochs * per_epoch
-    recipe = Recipe(precision, args.colorfulness_weight, args.lr, small, per_epoch, steps, teacher)
+    steps_per_epoch = math.ceil(len(photos.training) / args.batch_size)
+    small_steps, steps = 0.0 if args.demo else SMALL_STEPS, args.epochs * steps_per_epoch
+    recipe = Recipe(
+        precision, args.colorfulness_weight, args.lr, small_steps, steps_per_epoch, steps, teacher
+    )
     if folder:
         report.print_skipped(photos, None if args.dry_run else folder.path / 'skipped.txt')
         report.print_start(device, recipe, photos, folder.path, state.progress)
