@@ -32,7 +32,6 @@ except ImportError:
 import predict
 from utils import cli
 from utils.cli import UsageError
-from utils.device import choose_device
 from utils.photos import load_photo
 
 PREVIEW = 1600  # pixels of the longer side of what the page shows
@@ -184,9 +183,7 @@ def main(argv=None):
     args = parse_args(argv)
     Stop()  # a signal ends the program in order, without a traceback
     try:
-        net = predict.load_network(args.weights)
-        net.to(choose_device(args.device), memory_format=torch.channels_last)
-        torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
+        net = predict.load_network(args.weights, args.device)
         with tempfile.TemporaryDirectory(prefix='colorize_', ignore_cleanup_errors=True) as folder:
             serve(net, args.port, Path(folder).resolve())
     except Exception as error:

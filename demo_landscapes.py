@@ -150,10 +150,7 @@ class Scene:
 
 
 def draw_landscape(kind, rng):
-    """Return a picture of the kind, 160x120 RGB, drawn by chance from a numpy.random.Generator.
-
-    Raises ValueError if the kind is not one of KINDS.
-    """
+    """Return a picture of a kind of KINDS, 160x120 RGB, drawn from a numpy.random.Generator."""
     y, pine = H * rng.uniform(0.42, 0.6), rng.random() < 0.5
     scene, flat, near = Scene(rng, y), np.full(W, y), np.clip((Y - y) / (H - y), 0, 1)
     if kind == 'city':
@@ -194,13 +191,11 @@ def draw_landscape(kind, rng):
         rows = np.sin((X - W * rng.uniform(0.2, 0.8)) / (6 + Y - y) * 24) * np.sqrt(near)
         scene.lay(Y > y, WHEAT, rows * 0.16 + noise(rng, 50, 70) * 0.08)
         scene.trees(flat + 12, 2, 60, False, spread=30)
-    elif kind == 'forest':
+    else:  # a forest
         for row, haze in enumerate((0.5, 0.38, 0.25, 0.12, 0)):
             edge = scene.land(y * 0.7 + 24 * row, 6, PINE if pine else LEAF, haze)
             scene.trees(edge, 40 - 5 * row, 40 + 12 * row, pine, haze, spread=20)
         scene.land(H - 18, 5, GRASS)
-    else:
-        raise ValueError(f'{kind!r} is not one of {KINDS}')
     return scene.image.resize((W // 2, H // 2), Image.Resampling.BOX)
 
 
@@ -214,7 +209,6 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
 
     A folder that has files is left as it is. The pictures appear all at once: whether the drawing
     is interrupted, or drawn twice at the same time, there is never a part of them in the folder.
-
     Returns the number of pictures in the folder. Raises OSError if it cannot be written.
     """
     folder = Path(folder).resolve()  # a link stays a link: its target is filled

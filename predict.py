@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.ExifTags import TAGS
+from torch.nn import ModuleList
 from tqdm import tqdm
 
 from pretrained_unet import PretrainedUNet
@@ -51,7 +52,7 @@ def parse_args(argv):
     parser = cli.ArgumentParser(prog='predict.py', description=__doc__)
     add = parser.add_argument
     add('photos', nargs='+', help='photos, and folders of photos')
-    add('--weights', default='unet.pth', help='what colorize.py saved')
+    add('--weights', action='append', help='from colorize.py [unet.pth]; repeat it for a mean')
     add('--output', type=Path, default='colorized', help="the results' folder, or one's own name")
     parser.add_flag('--overwrite', 'replace results that exist')
     add('--size', type=cli.image_size, help="what the network sees: shorter side [the training's]")
@@ -64,8 +65,8 @@ def parse_args(argv):
 def colorize(net, photo, size=None, saturation=1.0):
     """Colorize a PIL image of any mode: return RGB of the same size and luminance.
 
-    `size` is the shorter side of what the network sees, in pixels: by default that of its training.
-    `saturation` multiplies the color.
+    `net` is a network, or a ModuleList of several. `size` is the shorter side of what it sees, in
+    pixels: by default that of its training. `saturation` multiplies the color.
     """
     gray = to_rgb(photo).convert('L')
     chroma = 128 + 255 * saturation * predict_chroma(net, gray, size)
@@ -78,11 +79,14 @@ def colorize(net, photo, size=None, saturation=1.0):
 def predict_chroma(net, gray, size=None):
     """Return the chroma that the network gives a gray PIL image: float (2, H, W) on the CPU.
 
-    It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]: the mean of the network's `looks`,
-    the first of which is the largest. Raises FloatingPointError.
+    It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]: the mean of all `looks` of the
+    network, or of several, at the size of the first. Raises FloatingPointError.
     """
-    size = size or net.image_size
-    looks = [look_at(gray, net, scale * size, is_mirrored) for scale, is_mirrored in net.looks]
+    looks = [
+        look_at(gray, each, scale * (size or each.image_size), is_mirrored)
+        for each in (net if isinstance(net, ModuleList) else [net])
+        for scale, is_mirrored in each.looks
+    ]
     looks = [F.interpolate(look, looks[0].shape[-2:], mode='bilinear') for look in looks]
     return torch.cat(looks).mean(0).cpu()
 
@@ -181,10 +185,14 @@ def colorize_file(path, result, net, size=None, saturation=1.0, compare=False, o
         return (str(error) or repr(error)).splitlines()[0]
 
 
-def load_network(path):
-    """Return the network whose weights are in a file, for use. Raises UsageError (load_weights)."""
+def load_network(path, device='cpu'):
+    """Return the network whose weights are in a file, for use on a --device. Raises UsageError."""
     state = load_tensors(path) if os.path.exists(path) else {}
-    return load_weights(PretrainedUNet() if 'middle_conv.weight' in state else UNet(), path).eval()
+    net = PretrainedUNet() if 'middle_conv.weight' in state else UNet()
+    load_weights(net, path).eval()
+    net.to(choose_device(device), memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
+    return net
 
 
 def find_results(paths, output):
@@ -241,12 +249,11 @@ def run(args):
     """Colorize all photos that were asked for; return the exit code. Raises UsageError."""
     stop = Stop()
     results, refused = find_results(list(dict.fromkeys(args.photos)), args.output)
-    net = load_network(args.weights)
-    if net.about:
-        print(f'{args.weights}: {net.about}')
-    net.to(choose_device(args.device), memory_format=torch.channels_last)
-    torch.backends.cudnn.benchmark = False  # hardly two photos have the same shape
-
+    net = ModuleList()
+    for path in args.weights or ['unet.pth']:
+        net.append(load_network(path, args.device))
+        if net[-1].about:
+            print(f'{path}: {net[-1].about}')
     options = args.size, args.saturation, args.compare, args.overwrite
 
     def work(photo, result):

@@ -9,7 +9,8 @@ train in turns, with a process of one thread each. Flags that are not this progr
 colorize.py, those of --variants to one version each. All that differs between two seeds is noise:
 compare means.
 
-Printed are, at the photos' full size, the gain over the gray copy in dB with the share of the
+Printed are, at the photos' full size, of each network and of the mean of all seeds' colors
+("together"), the gain over the gray copy in dB with the share of the
 truth's colorfulness, and the gain at 90 % of it, interpolated between values of --saturation: nan
 where none of them leads there.
 """
@@ -27,6 +28,7 @@ HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
+from torch.nn import ModuleList  # noqa: E402
 
 from predict import colorize, load_network  # noqa: E402
 from utils import cli  # noqa: E402
@@ -62,9 +64,9 @@ def score(results, photos):
     return psnr(error / pixels), mean(colorful)
 
 
-def measure(weights, photos):
-    """Return of a file of weights: gain in dB, % of the truth's colorfulness, gain at COLORFUL."""
-    net, points = load_network(weights), []
+def measure(net, photos):
+    """Return of a network: gain in dB, % of the truth's colorfulness, gain at COLORFUL."""
+    points = []
     gray, _ = score([photo.convert('L').convert('RGB') for photo in photos], photos)
     _, truth = score(photos, photos)
     for saturation in SATURATIONS:
@@ -87,12 +89,13 @@ def interpolate(points):
 
 
 def train(checkout, photos, flags, home):
-    """Train by a checkout's colorize.py; return the weights' path and the seconds of processor."""
+    """Train by a checkout's colorize.py; return the network and the seconds of processor."""
     before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # user's and system's
     command = [sys.executable, checkout / 'colorize.py', '--data_path', photos, *flags]
     environment = os.environ | dict(OMP_NUM_THREADS='1')
     subprocess.run(command, cwd=home, env=environment, stdout=subprocess.DEVNULL, check=True)
-    return Path(home, 'unet.pth'), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+    after = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    return load_network(Path(home, 'unet.pth')), after - before
 
 
 def print_row(name, seed, rows):
@@ -120,18 +123,23 @@ def main():
     photos = load_photos(args.test)
     checkouts = dict(here=HERE) | (dict(earlier=args.against.absolute()) if args.against else {})
     rows = {(name, variant): [] for variant in args.variants for name in checkouts}
+    networks = {version: ModuleList() for version in rows}
     print(HEADER, '|---|---|---|---|---|---|', sep='\n')
     for seed in args.seeds:
         for (name, variant), measured in rows.items():
             words = ['--val_fraction', '0', '--seed', str(seed), *flags, *shlex.split(variant)]
             with tempfile.TemporaryDirectory() as home:
                 train_path = os.path.abspath(args.train)
-                weights, seconds = train(checkouts[name], train_path, words, home)
-                measured.append((*measure(weights, photos), seconds))
+                net, seconds = train(checkouts[name], train_path, words, home)
+            networks[name, variant].append(net)
+            measured.append((*measure(net, photos), seconds))
             print_row(f'{name} {variant}'.strip(), seed, measured[-1:])
     if len(args.seeds) > 1:
         for (name, variant), measured in rows.items():
             print_row(f'{name} {variant}'.strip(), 'all', measured)
+            seconds = sum(row[-1] for row in measured)
+            together = *measure(networks[name, variant], photos), seconds
+            print_row(f'{name} {variant}'.strip(), 'together', [together])
     return 0
 
 

@@ -28,14 +28,9 @@ def run(tmp_path):
     """run('colorize.py', flags...) in a folder of the test's own: what it printed."""
 
     def run(script, *words, cwd=tmp_path, code=0, **kwargs):
-        done = subprocess.run(
-            [sys.executable, ROOT / script, *map(str, words)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **kwargs,
-        )
+        command = [sys.executable, ROOT / script, *map(str, words)]
+        options = dict(capture_output=True, text=True, timeout=300) | kwargs
+        done = subprocess.run(command, cwd=cwd, **options)
         assert done.returncode == code, done.stdout + done.stderr
         assert 'Traceback' not in done.stderr, done.stderr
         return done

@@ -95,15 +95,9 @@ class Training:
         program = [sys.executable, '-c', COUNTED, self.steps, ROOT / 'colorize.py']
         ours, its = pty.openpty()
         termios.tcsetwinsize(its, (25, 100))
-        self.process = subprocess.Popen(
-            [*program, '--data_path', photos, *FLAGS, *flags],
-            cwd=folder,
-            stdin=its,
-            stdout=its,
-            stderr=its,
-            start_new_session=True,
-            env=ENVIRONMENT,
-        )
+        words = [*program, '--data_path', photos, *FLAGS, *flags]
+        options = dict(stdin=its, stdout=its, stderr=its, start_new_session=True, env=ENVIRONMENT)
+        self.process = subprocess.Popen(words, cwd=folder, **options)
         os.close(its)
         self.reader = threading.Thread(target=self.read, args=[ours], daemon=True)
         self.reader.start()

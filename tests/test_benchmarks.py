@@ -49,9 +49,11 @@ def benchmark(monkeypatch, capsys):
 
 def test_quality_of_a_variant_of_two_checkouts(benchmark, drawings):
     flags = '--variants', '--lr 2e-3', '--against', ROOT, '--epochs', 1, '--device', 'cpu'
-    out = benchmark('quality', drawings, next(drawings.iterdir()), *flags, *SMALL)
-    row = r'^\| (.+?) \| 0 \| [+-]\d\.\d\d \| \d+\.\d \| (?:[+-]\d\.\d\d|\+?nan) \| \d+ \|$'
-    assert re.findall(row, out, re.MULTILINE) == ['here --lr 2e-3', 'earlier --lr 2e-3']
+    out = benchmark('quality', drawings, next(drawings.iterdir()), '--seeds', 0, 1, *flags, *SMALL)
+    row = r'^\| (.+?) \| ([01]|together) \| [+-]\d.* \| \d+ \|$'
+    versions = 'here --lr 2e-3', 'earlier --lr 2e-3'
+    expected = [(version, seed) for seed in ('0', '1', 'together') for version in versions]
+    assert re.findall(row, out, re.MULTILINE) == expected
 
 
 def test_the_gain_at_90_percent(benchmark, capsys):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
+from torch.nn import ModuleList
 
 import predict
 from predict import colorize, predict_chroma
@@ -346,6 +347,17 @@ def test_colors_are_the_mean_of_all_looks():
     net.looks = (5 / 4, False), (3 / 4, False)
     assert predict_chroma(net, gray, 64).shape[1:] == seen[-2].shape[2:] == (80, 120)
     assert seen[-1].shape[2:] == (48, 72)
+
+
+def test_colors_are_the_mean_of_all_networks(home, call, net):
+    save('a.png')
+    other = UNet()
+    torch.save(other.state_dict(), 'b.pth')
+    gray, both = Image.open('a.png').convert('L'), ModuleList([net, other])
+    mean = (predict_chroma(net, gray, 32) + predict_chroma(other, gray, 32)) / 2
+    torch.testing.assert_close(predict_chroma(both, gray, 32), mean)
+    call(0, 'a.png', '--weights', 'unet.pth', '--weights', 'b.pth', '--output', 'both.png')
+    assert Image.open('both.png').tobytes() == colorize(both, gray, 32).tobytes()
 
 
 @pytest.mark.parametrize('size', [(500, 333), (101, 640)])

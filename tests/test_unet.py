@@ -12,9 +12,7 @@ from utils.device import channels_last
 
 
 def test_parameters_and_shapes():
-    net = unet.UNet()
-    assert sum(p.numel() for p in net.parameters()) == 1_946_371
-    assert net(torch.zeros(2, 1, 16, 40)).shape == (2, 3, 16, 40)
+    assert unet.UNet()(torch.zeros(2, 1, 16, 40)).shape == (2, 3, 16, 40)
     down, skip = unet.DownSampleBlock(1, 32)(torch.zeros(2, 1, 8, 16))
     assert down.shape == (2, 32, 4, 8) and skip.shape == (2, 32, 8, 16)
     up = unet.UpSampleBlock(64 + 32, 32)(torch.zeros(2, 64, 4, 8), skip)
