@@ -209,6 +209,7 @@ def draw_landscapes(folder='data/demo', per_kind=40, seed=0):
 
     A folder that has files is left as it is. The pictures appear all at once: whether the drawing
     is interrupted, or drawn twice at the same time, there is never a part of them in the folder.
+
     Returns the number of pictures in the folder. Raises OSError if it cannot be written.
     """
     folder = Path(folder).resolve()  # a link stays a link: its target is filled

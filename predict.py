@@ -80,14 +80,15 @@ def predict_chroma(net, gray, size=None):
     """Return the chroma that the network gives a gray PIL image: float (2, H, W) on the CPU.
 
     It is JFIF's Cb and Cr, as in Pillow's YCbCr, in [-0.5, 0.5]: the mean of all `looks` of the
-    network, or of several, at the size of the first. Raises FloatingPointError.
+    network, or of several, at the size of the largest. Raises FloatingPointError.
     """
     looks = [
         look_at(gray, each, scale * (size or each.image_size), is_mirrored)
         for each in (net if isinstance(net, ModuleList) else [net])
         for scale, is_mirrored in each.looks
     ]
-    looks = [F.interpolate(look, looks[0].shape[-2:], mode='bilinear') for look in looks]
+    largest = max(look.shape[-2:] for look in looks)
+    looks = [F.interpolate(look, largest, mode='bilinear') for look in looks]
     return torch.cat(looks).mean(0).cpu()
 
 

@@ -10,9 +10,8 @@ colorize.py, those of --variants to one version each. All that differs between t
 compare means.
 
 Printed are, at the photos' full size, of each network and of the mean of all seeds' colors
-("together"), the gain over the gray copy in dB with the share of the
-truth's colorfulness, and the gain at 90 % of it, interpolated between values of --saturation: nan
-where none of them leads there.
+("together"), the gain over the gray copy in dB with the share of the truth's colorfulness, and the
+gain at 90 % of it, interpolated between values of --saturation: nan where none of them leads there.
 """
 
 import os

@@ -50,7 +50,8 @@ def benchmark(monkeypatch, capsys):
 def test_quality_of_a_variant_of_two_checkouts(benchmark, drawings):
     flags = '--variants', '--lr 2e-3', '--against', ROOT, '--epochs', 1, '--device', 'cpu'
     out = benchmark('quality', drawings, next(drawings.iterdir()), '--seeds', 0, 1, *flags, *SMALL)
-    row = r'^\| (.+?) \| ([01]|together) \| [+-]\d.* \| \d+ \|$'
+    gain = r'[+-]\d\.\d\d'
+    row = rf'^\| (.+?) \| ([01]|together) \| {gain} \| \d+\.\d \| (?:{gain}|\+?nan) \| \d+ \|$'
     versions = 'here --lr 2e-3', 'earlier --lr 2e-3'
     expected = [(version, seed) for seed in ('0', '1', 'together') for version in versions]
     assert re.findall(row, out, re.MULTILINE) == expected

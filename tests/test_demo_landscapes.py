@@ -29,7 +29,9 @@ def test_the_same_set_from_the_same_seed(tmp_path):
     assert set(a.values()).isdisjoint(c.values())
     assert len(set(b.values())) == 21
     for name in a:
-        assert len(Image.open(tmp_path / 'a' / name).getcolors(160 * 120)) > 1000  # no empty canvas
+        picture = Image.open(tmp_path / 'a' / name)
+        assert (picture.size, picture.mode) == ((160, 120), 'RGB')
+        assert len(picture.getcolors(160 * 120)) > 1000  # no empty canvas
 
 
 def test_whoever_comes_second_keeps_what_is_there(tmp_path, monkeypatch):

@@ -344,9 +344,9 @@ def test_colors_are_the_mean_of_all_looks():
     torch.testing.assert_close(predict_chroma(net, gray, 64), (once + once.flip(2)) / 2)
     predict_chroma(net, scene((96, 64), 'L'), 64)
     assert torch.equal(seen[-2].flip(3), seen[-1])
-    net.looks = (5 / 4, False), (3 / 4, False)
-    assert predict_chroma(net, gray, 64).shape[1:] == seen[-2].shape[2:] == (80, 120)
-    assert seen[-1].shape[2:] == (48, 72)
+    net.looks = (3 / 4, False), (5 / 4, False)
+    assert predict_chroma(net, gray, 64).shape[1:] == seen[-1].shape[2:] == (80, 120)
+    assert seen[-2].shape[2:] == (48, 72)
 
 
 def test_colors_are_the_mean_of_all_networks(home, call, net):
